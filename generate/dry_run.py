@@ -5,7 +5,7 @@ the run already has say how many to expect, and without answers there is an uppe
 bound, and an expected number once there are answers. Attempts that fail after the teacher has worked on them cost more.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from generate.budget import known_price, spend_under_way, spent_so_far
 from generate.client import check_teacher
@@ -14,7 +14,7 @@ from generate.dialect import Dialect
 from generate.jobs import shared
 from generate.journal import read_journal
 from generate.prices import PICO, PRICED_TOKENS, Price, source_of
-from generate.progress import Counters, requests_of
+from generate.progress import Counters, prompt_warnings, requests_of
 from generate.tokens import bound, counter
 from pipeline.address import is_private
 from pipeline.recipe import Recipe
@@ -43,6 +43,7 @@ class DryRun:
     completion_tokens: int = 0  # at most
     expected_prompt_tokens: int | None = None
     expected_completion_tokens: int | None = None
+    warnings: list[str] = field(default_factory=list)  # of the prompts
 
     @property
     def cost(self) -> float | None:
@@ -78,6 +79,7 @@ def dry_run(recipe: Recipe, run: RunDir, *, retry_failures: bool = False) -> Dry
         dry.long_prompts += tokens > PRICED_TOKENS
         dry.reserved_tokens = max(dry.reserved_tokens, most - tokens)
     dry.prompts, dry.requests, dry.answered = counters.prompts, counters.total, counters.resumed
+    dry.warnings = list(prompt_warnings(recipe.prompts, counters))
     dry.completion_tokens = dry.to_ask * recipe.sampling.max_tokens
     dry.expected_prompt_tokens = dry.prompt_tokens if dry.counted else None
     if len(found.ids) >= ENOUGH_ANSWERS and found.completion_tokens:
@@ -105,7 +107,7 @@ def describe(recipe: Recipe, dry: DryRun) -> list[str]:
     ]
     if dry.expected_completion_tokens is None and dry.to_ask:
         lines.append(f"expected numbers need {ENOUGH_ANSWERS} answers: run a small prompts.count first")
-    return lines + _cost(recipe, dry) + _over_budget(recipe, dry)
+    return lines + _cost(recipe, dry) + _over_budget(recipe, dry) + dry.warnings
 
 
 def _about(expected: int | None) -> str:

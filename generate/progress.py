@@ -5,13 +5,15 @@ Reads the run's counters and writes to stderr, never to stdout.
 
 import time
 from collections import Counter, deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from pipeline.prompts_config import PromptsConfig
 
 WINDOW_S = 30.0  # seconds: the speed and the time left are measured over them
 PLAIN_INTERVAL_S = 5.0  # between lines that are not in a terminal; later a 20th of the time so far, at most a minute
@@ -193,6 +195,26 @@ def requests_of(requests: int, prompts: int) -> str:
     """A number of requests in words, with the prompts that they are made of if each has several samples."""
     samples = requests // max(prompts, 1)
     return f"{requests:,} requests" + (f" ({prompts:,} prompts, {samples} samples each)" if samples > 1 else "")
+
+
+def prompt_warnings(config: PromptsConfig, counters: Counters) -> Iterator[str]:
+    """What a user may not mean about the prompts, once all of them are counted."""
+    if repeats := counters.prompts - counters.distinct:
+        fix = "repeated rows get several answers" if config.file else "add slot values, or lower prompts.count"
+        yield (
+            f"warning: {counters.prompts} prompts asked for, but only {counters.distinct} differ: "
+            f"{repeats} ask the same again; {fix}"
+        )
+    if counters.ambiguous:
+        yield (
+            f"warning: {config.file}: {counters.ambiguous} questions have several different references; each answer "
+            "is held against that of its own row, and evaluate.verify takes the last: give one question one reference"
+        )
+    if config.count is not None and counters.prompts < config.count:
+        yield (
+            f"warning: prompts.count is {config.count}, but {config.file} has only {counters.prompts} rows: each is "
+            "asked once (prompts.samples asks for several answers)"
+        )
 
 
 def clock(seconds: float) -> str:

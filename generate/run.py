@@ -22,7 +22,7 @@ from generate.event_loop import on_signals, run_loop
 from generate.journal import read_journal
 from generate.metrics import served
 from generate.online import send_from_here
-from generate.progress import Counters, Display, requests_of
+from generate.progress import Counters, Display, prompt_warnings, requests_of
 from generate.summary import Summary, save, save_asked, spent_of_run, sum_of_passes, summary_of
 from generate.turns import passes
 from generate.workers import send_from_workers
@@ -236,26 +236,11 @@ def _batches(run: Run) -> "Batches":
 
 def _findings(run: Run) -> Iterator[str]:
     """What the user should know before the first request goes out."""
-    counters, prompts = run.counters, run.recipe.prompts
+    counters = run.counters
     for journal in (run.completions, run.failures):
         if journal.found.torn_bytes:
             yield f"{journal.path}: cut off a torn last line ({journal.found.torn_bytes} bytes)"
-    if repeats := counters.prompts - counters.distinct:
-        fix = "repeated rows get several answers" if prompts.file else "add slot values, or lower prompts.count"
-        yield (
-            f"warning: {counters.prompts} prompts asked for, but only {counters.distinct} differ: "
-            f"{repeats} ask the same again; {fix}"
-        )
-    if counters.ambiguous:
-        yield (
-            f"warning: {prompts.file}: {counters.ambiguous} questions have several different references; each answer "
-            "is held against that of its own row, and evaluate.verify takes the last: give one question one reference"
-        )
-    if prompts.count is not None and counters.prompts < prompts.count:
-        yield (
-            f"warning: prompts.count is {prompts.count}, but {prompts.file} has only {counters.prompts} rows: each is "
-            "asked once (prompts.samples asks for several answers)"
-        )
+    yield from prompt_warnings(run.recipe.prompts, counters)
     strangers = len(run.completions.found.ids) - counters.resumed
     if strangers and not run.dir.internal:
         yield (

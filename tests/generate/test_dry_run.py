@@ -161,6 +161,25 @@ def test_prompts_longer_than_the_table_s_prices_hold_for_are_told(
     assert sum("1 requests may have over 100,000 prompt tokens" in line for line in text) == warned
 
 
+@pytest.mark.parametrize(
+    ("prompts", "words"),
+    [
+        ({"template": "{n}", "slots": {"n": ["a", "b"]}, "count": 5}, "5 prompts asked for, but only 2 differ: 3 ask"),
+        ({"file": "rows.jsonl"}, "3 prompts asked for, but only 2 differ: 1 ask the same again; repeated rows"),
+        ({"file": "rows.jsonl"}, "1 questions have several different references"),
+        ({"file": "rows.jsonl", "count": 9}, "prompts.count is 9, but rows.jsonl has only 3 rows"),
+    ],
+)
+def test_what_is_odd_about_the_prompts_is_told_before_it_is_paid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompts: dict[str, Any], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": "a", "reference": 1}, {"prompt": "b", "reference": 1}, {"prompt": "a", "reference": 2}]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = planned(1, prompts=prompts)
+    assert words in "\n".join(describe(recipe, dry_run(recipe, RunDir(tmp_path / "run"))))
+
+
 def test_a_budget_in_usd_without_a_price_is_refused(tmp_path: Path) -> None:
     recipe = planned(5, teacher={"model": "teacher-x", "base_url": URL}, budget={"usd": 2})
     with pytest.raises(RecipeError, match=r"budget\.usd is 2, .*set teacher\.price"):
