@@ -135,13 +135,20 @@ class ChoiceSettings(PatternSettings, ReferenceSettings):
 
 
 def choice(answer: Answer, settings: ChoiceSettings) -> Verified:
-    """Drops an answer that is not one of the labels, or not the row's own label."""
+    """Drops an answer that is not one of the labels, or not the row's own label.
+
+    Raises Unverified if the row's own label is none of them.
+    """
     wanted = _as_text(settings.reference_of(answer)) if settings.reference else None
+    own = None if wanted is None else _label(wanted, settings.labels)
+    known = [folded(label) for label in settings.labels]
+    if known and own is not None and own not in known:
+        raise Unverified(f"the reference {shown(own)!r} is none of the labels")
     part = settings.part_of(answer)
     result = _label(part, settings.labels)
-    if settings.labels and result not in map(folded, settings.labels):
+    if known and result not in known:
         return Verified(Reason(rule="choice", found=shown(part), allowed=settings.labels))
-    if wanted is not None and result != _label(wanted, settings.labels):
+    if wanted is not None and result != own:
         return Verified(Reason(rule="choice", found=shown(part), allowed=[wanted]), result=result)
     return Verified(result=result)
 

@@ -123,6 +123,9 @@ def test_matches(settings: dict[str, Any], text: str, reference: Any, expected: 
             "billing",
         ),
         ({"reference": True}, "billing", None, "unverified choice", None),
+        # of the row's own word, which the recipe's labels lack
+        ({"reference": True, "labels": ["billing"]}, "Other", "other", "unverified choice", None),
+        ({"reference": True, "labels": ["billing"]}, "billing", "other", "unverified choice", None),
         ({"reference": True}, "", ".", "choice", ""),
         ({"reference": True, "labels": ["NET", ".NET"]}, ".NET", "NET", "choice", ".net"),
         ({"reference": True, "labels": ["NET", ".NET"]}, "(NET).", "NET", "passes", "net"),
