@@ -139,7 +139,12 @@ def _prompt_row(row: Json, config: PromptsConfig) -> PromptRow:
             "give either `messages` or `prompt`, or name its column, as in prompts.columns: {prompt: question}; the "
             f"row has {', '.join(row) or 'no columns'}"
         )
-    messages = parts.get("messages")
+    messages, own_name = parts.get("messages"), config.columns.get("messages") or "messages"
+    if isinstance(messages, str):
+        raise ValueError(
+            f"`{own_name}` is text, {messages[:60]!r}; if it is JSON, add it to prompts.json_columns; if it is a "
+            f"question, name it as one, as in prompts.columns: {{prompt: {own_name}, messages: null}}"
+        )
     for turn in messages if isinstance(messages, list) else ():
         if isinstance(turn, dict) and "role" not in turn:
             raise ValueError(
@@ -147,7 +152,7 @@ def _prompt_row(row: Json, config: PromptsConfig) -> PromptRow:
                 'content, as in {"role": "user", "content": "Hi"}: rename its keys'
             )
     if isinstance(messages, list) and any(_says_more(turn) for turn in messages):
-        columns[config.columns.get("messages") or "messages"] = messages
+        columns[own_name] = messages
     if isinstance(inner := columns.get("columns"), dict):  # a line of some run's prompts.jsonl
         del columns["columns"]
         if both := inner.keys() & columns.keys():

@@ -336,6 +336,13 @@ def test_two_columns_of_one_name_are_refused_in_parquet_too(tmp_path: Path) -> N
         ("p.csv", "", {}, "p.csv: no prompts in it"),
         ("p.csv", "question,gold\na,b\n", {}, "p.csv:2: give either `messages` or `prompt`, or name its column"),
         ("p.csv", "question,gold\na,b\n", {"columns": {"prompt": "qestion"}}, "p.csv:2: no column 'qestion', which"),
+        (
+            "p.csv",
+            'talk\n"[{""role"": ""user"", ""content"": ""a""}]"\n',
+            {"columns": {"messages": "talk"}},
+            'p.csv:2: `talk` is text, \'[{"role": "user"',
+        ),
+        ("p.jsonl", '{"messages": "[]"}\n', {}, "is JSON, add it to prompts.json_columns; if it is a question, name"),
         ("p.csv", "prompt,r\na,{b\n", {"json_columns": ["r"]}, "p.csv:2: column 'r' is not JSON"),
         ("p.csv", "prompt,r\na,1\n", {"json_columns": ["s"]}, "p.csv:2: no column 's', which prompts.json_columns"),
         ("p.jsonl", '{"prompt": "a", "columns": {"x": 1}, "x": 2}\n', {}, "p.jsonl:1: x stands both in `columns`"),
