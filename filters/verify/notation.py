@@ -8,6 +8,7 @@ import unicodedata
 from decimal import Decimal
 
 from filters.verify.extract import plain
+from filters.verify.quantities import as_one_number
 
 _NUMBER = r"(?<![\w.,^/])(\d+(?:\.\d+)?|\.\d+)"
 _CJK = r"\u3000-\u30ff\u3400-\u9fff\uac00-\ud7a3\uff01-\uff0f\uff1a-\uff1f"  # letters, and marks between them
@@ -74,7 +75,7 @@ def _plain(text: str) -> str:
     That is `1.5e3` as 1500, `1 1/2` as 3/2 and `10\,500` as 10500: it would read 1.5, 1 and 10 times 500.
     """
     text = _EMPHASIS.sub(r"\2", plain(text).translate(_NO_PART))
-    text = _UNIT.sub("", text.replace("\\$", ""))
+    text = _UNIT.sub("", as_one_number(text).replace("\\$", ""))
     text = _THOUSANDS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
     text = _SMALL.sub(_full_size, _GLUED.sub(" ", text))
     text = _SCIENTIFIC.sub(lambda match: f"{Decimal(f'{match[1]}e{match[2]}'):f}", text)

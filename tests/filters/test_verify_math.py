@@ -151,3 +151,50 @@ def test_a_reference_is_read_as_an_answer_is(reference: str) -> None:
 def test_signs_of_money_do_not_count(text: str) -> None:
     assert outcome(verify("math", text, settings_of("math"), "1250")) == "passes"
     assert outcome(verify("math", text, settings_of("math"), "250")) == "math"
+
+
+@pytest.mark.parametrize(
+    ("text", "right", "wrong"),
+    [
+        # 만, 천, 백 and 억
+        ("정답은 1만 2천 원입니다.", "12000", "2"),
+        ("정답: 3만5천 원", "35000", "5"),
+        ("답은 12만 3,400원이에요.", "123400", "12"),
+        ("총 1억 2천만 원", "120000000", "2"),
+        ("답은 2천5백만 명", "25000000", "5"),
+        ("답은 1.5만 명입니다.", "15000", "1.5"),
+        ("답은 3만 5만 중 5만입니다.", "50000", "80000"),
+        ("\\boxed{3만5천}", "35000", "5"),
+        ("12,000원입니다.", "1만 2천 원", "2"),
+        ("예산은 3조 원입니다.", "3조 원", "3"),
+        ("5보다 2만큼 큰 수를 구하면 답은 2만큼입니다.", "2", "20000"),
+        ("피자 3조각이 남아요.", "3", "3조 원"),
+        ("영하 5도입니다.", "-5", "5"),
+        # fractions
+        ("답은 3분의 2입니다.", "2/3", "2"),
+        ("답은 2와 3분의 1입니다.", "7/3", "1/3"),
+        # English
+        ("The answer is 1.5 million.", "1500000", "1.5"),
+        ("It costs $3 million.", "3000000", "3"),
+        ("3 hundred thousand", "300000", "300"),
+        ("The answer is 3 dozen.", "36", "3"),
+        ("\\boxed{3 dozen}", "36", "3"),
+        ("$3 \\text{ million}$", "3000000", "3"),
+        # two units
+        ("정답은 3시간 20분입니다.", "3시간 20분", "2시간 20분"),
+        ("정답은 3시간 20분입니다.", "200", "20"),
+        ("1시간 20분 30초", "4830", "30"),
+        ("It takes 3 hours and 20 minutes.", "200", "20"),
+        ("답은 2m 30cm입니다.", "230", "30"),
+        ("2 kg 500 g", "2500", "500"),
+        ("답은 2.5시간입니다.", "2.5", "2"),
+        ("1시간은 60분입니다.", "60", "1"),
+        # a product that says the same once more
+        ("The answer is 42 (6 × 7).", "42", "7"),
+        ("답은 15개 (3 × 5)입니다.", "15", "5"),
+        ("\\boxed{42 (6 × 7)}", "42", "1764"),
+        ("\\boxed{2 (3 * 4)}", "24", "2"),
+    ],
+)
+def test_a_quantity_in_words_or_several_parts_is_one_number(text: str, right: str, wrong: str) -> None:
+    check(text, right, wrong)
