@@ -25,12 +25,23 @@ _THOUSANDS = re.compile(  # none in the pair `(100,200)` and the set `\{100,200\
     rf"|(?<=[(\[]){_GROUPS}(?=\s*(?:[-+*/×÷^]|\\times|\\cdot|\\div))"
 )
 _EMPHASIS = re.compile(r"(?<![\w)\]}^*\\])(\*{1,3})(?=\S)(.+?)(?<=[^\s*])\1(?![\w(*])")  # none in 3*4 and 2**3
-_NO_PART = str.maketrans("", "", '`"“”„‟«»‹›‘‚€£¥₩₹')  # of a value; not ’, which is also a prime
-_STATED = re.compile(  # a value right after the last word `answer` that ends its sentence or line
-    r"(?>.*answer)(?: is)?[:=]?\s*(?:\$.+?\$|\\\(.+?\\\)|\\\[.+?\\\]|-?\\?\$?[\d.,/]*\d)"
-    r" ?[^\s\d.]*(?:\.\s|\n)",
+_NO_PART = str.maketrans("０１２３４５６７８９", "0123456789", '`"“”„‟«»‹›‘‚€£¥₩₹')  # not ’, which is also a prime
+_CHOSEN = re.compile(r"(?:\A|(?<=답[:은])|(?<=답[:은] ))[①-⑳](?! ?\d)")  # 정답: ③
+_ROOT = re.compile(r"√ ?(?:(\d+(?:\.\d+)?)|\(([^()]*)\))")
+_PI = re.compile(r"(?<=\d) ?pi\b")
+_ATOM = r"(?:\d+(?:\.\d+)?|π|\\sqrt\{[^{}]*\})"
+_TERM = rf"(?:{_ATOM}|\((?:{_ATOM}|[-+*/×·^ ])+\))"
+_SYMBOLIC = re.compile(  # 16π, 2√3 (as \sqrt by then), (1 + √5)/2; not the 2π of 2πr
+    rf"(?<![\w.,)])(?=[-\d.+*/×·^() ]*(?:π|\\sqrt))(?>-?{_TERM}(?:(?: ?[-+*/×·^] ?-?| (?=[π\\]))?{_TERM})*)"
+    r"(?!(?![ckm]?m[²³]?(?![a-z]))[a-z²³])"
+)
+_RATIO = re.compile(r"(?<![\w:.,/])(\d+(?:\.\d+)?)( ?):\2(\d+(?:\.\d+)?)(?![\d:.]*\d)")
+_STATED = re.compile(  # a value right after the last word `answer` or 답 that ends its sentence or line
+    r"(?>.*(?:answer|(?<!\w)정?답은?))(?: is)?[:=]?\s*"
+    r"(?:\$.+?\$|\\\(.+?\\\)|\\\[.+?\\\]|-?\\?\$?[\d.,/]*\d) ?[^\s\d.]*(?:\.\s|\n)",
     re.IGNORECASE | re.DOTALL,
 )
+_LATEX = re.compile(r"\$|\\[(\[]")
 _DOLLARS = re.compile(r"(?<!\\)\$")
 _END = re.compile(r"(?<!\\)[.,;。*`\s]+$")
 _NO_UNITS = (  # words that make another value of the number before them
@@ -63,8 +74,10 @@ def value_alone(text: str) -> str:
 
 
 def value_within(text: str) -> str:
-    """A text without what follows its stated answer: math-verify would take a value from there."""
-    text = _plain(text)
+    """A text without what follows its stated answer, from which math-verify would take a value; `16π` as LaTeX."""
+    text = _RATIO.sub(r"\1/\3", _plain(text))
+    if not _LATEX.search(text):
+        text = _SYMBOLIC.sub(r"$\g<0>$", text)
     stated = _STATED.match(text)
     return stated[0] if stated else text
 
@@ -76,6 +89,8 @@ def _plain(text: str) -> str:
     """
     text = _EMPHASIS.sub(r"\2", plain(text).translate(_NO_PART))
     text = _UNIT.sub("", as_one_number(text).replace("\\$", ""))
+    text = _CHOSEN.sub(lambda match: f"{unicodedata.numeric(match[0]):.0f}", _PI.sub("π", text))
+    text = _ROOT.sub(lambda match: f"\\sqrt{{{match[1] or match[2]}}}", text)
     text = _THOUSANDS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
     text = _SMALL.sub(_full_size, _GLUED.sub(" ", text))
     text = _SCIENTIFIC.sub(lambda match: f"{Decimal(f'{match[1]}e{match[2]}'):f}", text)

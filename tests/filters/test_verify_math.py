@@ -198,3 +198,42 @@ def test_signs_of_money_do_not_count(text: str) -> None:
 )
 def test_a_quantity_in_words_or_several_parts_is_one_number(text: str, right: str, wrong: str) -> None:
     check(text, right, wrong)
+
+
+@pytest.mark.parametrize(
+    ("text", "right", "wrong"),
+    [
+        ("The answer is 16π.", "16\\pi", "16"),
+        ("넓이는 16πcm²입니다.", "16\\pi", "16"),
+        ("The area is 16 pi.", "16\\pi", "16"),
+        ("2πr = 12π", "12\\pi", "12"),
+        ("답은 2√3입니다.", "2\\sqrt{3}", "2"),
+        ("\\boxed{2√3}", "2\\sqrt{3}", "2"),
+        ("The answer is (1 + √5)/2.", "\\frac{1 + \\sqrt{5}}{2}", "1"),
+        ("답은 5 - 2√6입니다.", "5 - 2\\sqrt{6}", "6"),
+        ("√9 + √16 = 7", "7", "16"),
+        ("π ≈ 3.14", "3.14", "3"),
+        ("정답은 3:2입니다.", "3:2", "3"),
+        ("비는 10 : 15입니다.", "2/3", "15"),
+        ("문제 1: 12", "12", "1/12"),
+        ("답은 １２개입니다.", "12", "1"),
+        ("정답: ③", "3", "2"),
+        ("정답은 ③번입니다.", "③", "2"),
+        ("정답: ③ 12", "12", "3"),
+    ],
+)
+def test_signs_outside_of_latex_are_read(text: str, right: str, wrong: str) -> None:
+    check(text, right, wrong)
+
+
+@pytest.mark.parametrize(
+    ("text", "right", "wrong"),
+    [
+        ("정답은 5입니다. 3번 검산했어요.", "5", "3"),
+        ("답: 12\n풀이: 3 곱하기 4", "12", "4"),
+        ("정답: 먼저 5개에서 2개를 뺍니다. 남은 것은 3개입니다.", "3", "5"),
+        ("대답은 5. 했어요. 남은 것은 3", "3", "5"),
+    ],
+)
+def test_math_reads_what_a_korean_answer_states(text: str, right: str, wrong: str) -> None:
+    check(text, right, wrong)
