@@ -19,6 +19,8 @@ BEFORE = (
     r"(?:_|[^\w\"“”„«»「」『』'‘’])*(?:[\"“„«「『](?=[^\"“”»」』]*[\"“”»」』]?\s*\Z))?"
     r"(?:안녕하세요[^\n.!?]{0,20}[!,.]\s*)?"
 )
+NARRATED = r"[^\n.!?“”\"「『]"  # a character of a sentence that nobody in a story says
+SAID = re.compile(r"(?<=.)(?:“[^“”\n]*”|「[^「」\n]*」|『[^『』\n]*』|\"[^\"\n]*\")", re.DOTALL)  # no closing remark
 # A refusal says that the speaker cannot help or answer. Who cannot find an order number asks for it.
 SORRY = (
     r"(?:i(?: am|['’]m) (?:\w+ )?(?:sorry|afraid)|(?:my )?apologies|i apologi[sz]e|sorry|unfortunately)"
@@ -45,13 +47,18 @@ OPENINGS = (
     # Korean
     r"물론(?:입니다|이죠|이지요|이에요|이예요|요)?\s*[!,.~]",
     r"(?:네|예)[,.!]?\s*(?:알겠|물론|여기|아래|다음|요청|좋습니다)",
+    rf"(?:네|예)[,.!]\s*{NARRATED}{{0,60}}(?:동화|이야기)를\s들려\s?드(?:릴게요|리겠습니다)",
     r"(?:알겠습니다|알겠어요|좋습니다|좋아요)[!,.]\s*(?:여기|아래|다음|그럼|제가|요청)",
     r"알겠습니다[!,.]",
     r"(?:아래|다음(?! ?날)|여기|이것)(?:는|은|에|에는)?\s[^\n.!?]{0,60}"
-    r"(?:동화|이야기|글|답변|내용|작품)(?:을|를|가|이|입니다|이에요|예요|:)",
+    r"(?:(?:동화|(?<![가-힣])글|답변|내용|작품)(?:을|를|가|이|입니다|이에요|예요|:)"
+    r"|이야기(?:입니다|이에요|예요|:|(?:를|가)\s(?:작성|준비|있습니다|써|쓴|만들|지었|지어)))",
     r"(?:이는|이것은|이번은|이번에는)\s[^\n.!?]{0,60}동화(?:를|입니다|이에요|예요)",
     r"요청(?:하신|에)\b",
     r"(?:죄송(?:합니다|하지만|해요|스럽지만)|미안하지만)[^\n]{0,60}(?:수 없|어렵|못)",
+    rf"{NARRATED}{{0,80}}(?:답변|처리|제공|작성|도와|들어|말씀)\s?(?:할|드릴|해\s?드릴)\s수(?:는|가)?\s없(?:습니다|어요)",
+    rf"{NARRATED}{{0,80}}(?:동화|이야기)를\s(?:\S+\s)?(?:써|작성해|만들어|지어|준비해)\s?"
+    r"(?:보(?:겠습니다|았습니다|았어요)|볼게요|봤습니다|봤어요)",
 )
 
 ANYWHERE = (
@@ -79,13 +86,17 @@ CLOSINGS = (
     r"\b(?:would you like|do you want) me to\b",
     r"\b(?:is there|do you have) any(?:thing else| other questions)\b",
     r"\(?\bword count\b",
-    r"(?:더|추가로|다른)\s?(?:필요하|궁금하|원하시|도움이 필요|요청하)",
+    r"(?:더|추가로|다른)\s(?:\S+\s)?(?:필요하|궁금하|원하|요청하)[시신실셨]",
     r"(?:어떻게|무엇을)\s도와\s?드릴까요",
-    r"(?:언제든지?|편하게)\s?(?:말씀|알려|문의|질문|요청)",
+    r"(?:언제든지?|편하게)\s?(?:말씀|알려|문의|질문|요청)[^\n.!?]{0,8}(?:세요|시면|십시오|바랍니다)",
     r"(?:수정|변경|추가)(?:이|을|를|할 내용이|하실)?\s?(?:필요|원하)",
-    r"(?:도움이|마음에)\s(?:되(?:셨|시길|시기를|었(?:길|기를|으면))|드(?:셨|시길|시나))",
-    r"(?:이|위)\s?(?:동화|이야기|글|답변)(?:는|은|가|이)\s[^\n]{0,80}(?:작성|구성|바랍니다|요청|글자|\d자로|\d자입니다)",
-    r"\(\s?(?:총|약|글자\s?수)[^)]{0,15}자[^)]{0,10}\)",
+    r"(?:도움이\s되|마음에\s드)(?:시(?:길|기를|나요)|셨(?:길|기를|으면|나요|다면))",
+    r"도움이\s되었(?:길|기를|으면\s좋겠)",
+    r"(?:이|위)\s?(?:동화|이야기|글|답변)(?:는|은|가|이)\s[^\n]{0,80}"
+    r"(?:작성|구성|바랍니다|요청|글자\s수|\d\s?글?자(?:로|입니다))",
+    r"(?<![가-힣])(?:이|위)\s(?:동화|이야기)(?:의\s(?:교훈|주제)|(?:는|를\s통해)\s[^\n]{0,80}"
+    r"(?:가르쳐|알려\s?[주줍]|보여\s?[주줍]|배울\s수|전달|교훈|중요성|소중함|대상으로))",
+    r"글자\s?수\s?:|\(\s?(?:총|약|글자\s?수)[^)]{0,15}자[^)]{0,10}\)",
 )
 
 
@@ -117,6 +128,9 @@ def meta_talk(answer: Answer, settings: MetaTalkSettings) -> Reason | None:
     for pattern in settings.anywhere:
         if found := pattern.search(text):
             return Reason(rule="meta_talk", what="says", found=found[0])
-    if settings.closing and (found := settings.closing.search(text, max(0, len(text) - CLOSING_CHARS))):
-        return Reason(rule="meta_talk", what="closes with", found=found[0])
+    start = max(0, len(text) - CLOSING_CHARS)
+    if settings.closing and settings.closing.search(text, start):
+        narrated = SAID.sub(lambda said: " " * len(said[0]), text)
+        if found := settings.closing.search(narrated, start):
+            return Reason(rule="meta_talk", what="closes with", found=found[0])
     return None
