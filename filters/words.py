@@ -17,6 +17,7 @@ _PARTICLES = """
 """
 _COPULA = "이|입니|인데"
 _COPULA_AFTER_VOWEL = f"{_COPULA}|였|예|라고|라는|라면|란"  # not after 달: 달라고 asks for something
+_NEVER_AFTER_CONSONANT = "(?!라도|랑|나|여)"  # 달라도 and 달랑 are other words; with 달 it is 달이라도, 달이랑
 _SEVERAL = f"(?:{'|'.join(sorted(_PARTICLES.split(), key=len, reverse=True))}){{0,3}}"
 _AFTER_ENGLISH = "(?:s|es|'s|’s|s'|s’|ed|d|ing|y)?"
 _WITHOUT_SPACES = character_class("han", "kana", "thai")
@@ -43,8 +44,8 @@ def whole_word(word: str, *, ignore_case: bool = False, endings: bool = False) -
     if not re.search(r"\w$", word):
         return re.compile(alone, flags)
     english = _AFTER_ENGLISH if endings and not _HANGUL.match(word[-1]) else ""
-    copula = _COPULA if _ends_in_consonant(word) else _COPULA_AFTER_VOWEL
-    return re.compile(f"{alone}{english}(?:{_SEVERAL}|(?:{copula})[가-힣]{{0,5}})(?!{_SPACED})", flags)
+    copula, other = (_COPULA, _NEVER_AFTER_CONSONANT) if _ends_in_consonant(word) else (_COPULA_AFTER_VOWEL, "")
+    return re.compile(f"{alone}{english}{other}(?:{_SEVERAL}|(?:{copula})[가-힣]{{0,5}})(?!{_SPACED})", flags)
 
 
 def _ends_in_consonant(word: str) -> bool:
