@@ -9,6 +9,7 @@ A verdict that cannot be read is asked for again with another seed, and after th
 import json
 import re
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -36,7 +37,7 @@ from pipeline.teacher_config import TeacherConfig
 Verdict = TypeVar("Verdict")
 
 TEMPLATE = 1  # of the question below: another one is another version
-WRITTEN = {text: score for score in SCORES for text in (f"{score}", f"{score}.0")}  # as judges write one: 4, "4", 4.0
+WRITTEN = re.compile(rf"([{SCORES[0]}-{SCORES[-1]}])(?:\.0)? ?(?:점|/ ?{SCORES[-1]})?")  # 4, "4", 4.0, "4점", "4/5"
 _decoder = json.JSONDecoder()
 
 QUESTION = """You judge an answer that a language model gave. Judge it strictly and only by what is written here; \
@@ -284,6 +285,7 @@ def first_object(text: str) -> dict[str, Any]:
 def read_verdict(text: str, config: JudgeConfig) -> dict[str, int] | None:
     """Every score of a verdict, `score` included; None if any is missing or not one of 1 to 5."""
     verdict = first_object(text)
-    scores = {name: WRITTEN.get(str(verdict.get(name))) for name in (*config.rubric, "score")}
-    read = {name: score for name, score in scores.items() if score is not None}
-    return read if len(read) == len(scores) else None
+    names = (*config.rubric, "score")
+    found = {name: WRITTEN.fullmatch(unicodedata.normalize("NFKC", str(verdict.get(name)))) for name in names}
+    scores = {name: int(written[1]) for name, written in found.items() if written}
+    return scores if len(scores) == len(names) else None
