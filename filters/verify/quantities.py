@@ -8,7 +8,7 @@ from decimal import Decimal
 from functools import partial
 from math import prod
 
-_DIGITS = r"\d+(?:,\d{3})*(?:\.\d+)?"
+_DIGITS = r"\d{1,20}(?:,\d{3})*(?:\.\d+)?"
 _ALONE = r"(?<![A-Za-z\d.,/^])"  # no part of a longer number or a term comes before
 _PLACES = {"": 1, "십": 10, "백": 100, "천": 1000, "만": 10**4, "억": 10**8, "조": 10**12}
 _UP_TO_10000 = rf"(?:{_DIGITS}천 ?)?(?:{_DIGITS}백 ?)?(?:{_DIGITS}십 ?)?(?:{_DIGITS})?"
@@ -23,18 +23,21 @@ _IN_WORDS = re.compile(  # 1.5 million, 3 hundred thousand, 3 \text{ dozen}
     rf"{_ALONE}({_DIGITS})(?: ?\\text\{{)?((?:[ -]?(?:{'|'.join(_ENGLISH)})\b)+)\}}?", re.IGNORECASE
 )
 _FRACTION = re.compile(rf"{_ALONE}(?:(\d+)[과와] ?)?(\d+) ?분의 ?(\d+)(?!\.?\d)")  # 3분의 2, 2와 3분의 1
-_UNITS = [  # 3시간 20분: a unit, the smaller one after it, and how many of these it has
-    (re.compile(rf"{_ALONE}({_DIGITS}) ?(?:{large})(?: and | ?)({_DIGITS}) ?({small})(?![A-Za-z²³^/])"), factor)
-    for large, small, factor in (
-        ("시간|시|hours?|h", "분|minutes?|min", 60),
-        ("분|minutes?|min", "초|seconds?|s", 60),
-        ("km|킬로미터", "m|미터", 1000),
-        ("m|미터", "cm|센티미터", 100),
-        ("cm|센티미터", "mm|밀리미터", 10),
-        ("kg|킬로그램", "g|그램", 1000),
-        ("L|리터", "mL|밀리리터", 1000),
-    )
+_COMPOUNDS = (  # 3시간 20분: a unit, the smaller one after it, and how many of these it has
+    ("시간|시|hours?|h", "분|minutes?|min", 60),
+    ("분|minutes?|min", "초|seconds?|s", 60),
+    ("km|킬로미터", "m|미터", 1000),
+    ("m|미터", "cm|센티미터", 100),
+    ("cm|센티미터", "mm|밀리미터", 10),
+    ("kg|킬로그램", "g|그램", 1000),
+    ("L|리터", "mL|밀리리터", 1000),
+)
+_AND = "(?: and | ?)"
+_UNITS = [
+    (re.compile(rf"{_ALONE}({_DIGITS}) ?(?:{large}){_AND}({_DIGITS}) ?({small})(?![A-Za-z²³^/])"), factor)
+    for large, small, factor in _COMPOUNDS
 ]
+_ANY_UNIT = re.compile(rf"\d ?(?:{'|'.join(large for large, _, _ in _COMPOUNDS)}){_AND}\d")
 _PRODUCT = re.compile(rf"({_DIGITS})( ?[^\W\d_]{{0,4}}) ?\(({_DIGITS}) ?[×x*] ?({_DIGITS})\)")  # 42 (6 × 7)
 _BELOW_ZERO = re.compile(r"영하 ?(?=\d)")
 
@@ -45,7 +48,7 @@ def as_one_number(text: str) -> str:
     text = _FRACTION.sub(lambda found: f"{found[1] or ''} {found[3]}/{found[2]}".lstrip(), text)
     text = _KOREAN.sub(_sum_of_parts, text)
     text = _IN_WORDS.sub(_product, text)
-    for units, factor in _UNITS:
+    for units, factor in _UNITS if _ANY_UNIT.search(text) else ():
         text = units.sub(partial(_in_smaller_unit, factor), text)
     return _PRODUCT.sub(_without_product, text)
 
