@@ -9,7 +9,7 @@ from typing import Any, Self
 import msgspec
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationInfo, model_validator
 
-from filters.answer import Answer, RuleSettings, Verified
+from filters.answer import Answer, RuleSettings, Verified, nfc
 from filters.verify.compare import PatternSettings
 from filters.verify.extract import beside_recipe, canonical, parse_json, shown
 from filters.verify.worker import call
@@ -91,7 +91,7 @@ def _wrong(name: str, why: str) -> Reason:
 def _read(arguments: str) -> Json:
     """Arguments that are a JSON object. Raises ValueError saying what else they are."""
     try:
-        given: Any = msgspec.json.decode(arguments)
+        given: Any = msgspec.json.decode(nfc(arguments))
     except RecursionError:
         raise ValueError("nested too deep") from None
     except (msgspec.DecodeError, UnicodeError) as error:

@@ -1,6 +1,7 @@
 """The verifier `tool_calls`, and what the other rules make of an answer that only calls."""
 
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ TOOLS = [
     tool("plant", TREE),
     tool("away", AWAY),
     tool("broken", {"type": "objct"}),
+    tool("paint", {"type": "object", "properties": {"colour": {"enum": ["빨강"]}}}),
 ]
 
 
@@ -55,6 +57,7 @@ def found(*calls: Json, tools: list[Json] = TOOLS, text: str = "", **settings: A
     [
         ([call("weather", {"city": "서울"})], {}, None),
         ([call("weather", {"city": "서울", "days": 2}), call("now", {})], {}, None),
+        ([call("paint", unicodedata.normalize("NFD", '{"colour": "빨강"}'))], {}, None),
         ([call("now", {"whatever": 1})], {}, None),  # a function without parameters says nothing of them
         ([], {}, None),
         ([], {"required": True}, "no tool is called"),
