@@ -14,10 +14,11 @@ from chain.last_words import last_words
 from chain.stages import REQUESTS_FAILED, judges, stage, teacher, teaches
 from evaluate.figures.accuracy import verify_rules
 from evaluate.measure.lm_eval import find_command
-from evaluate.measure.probes import read_probes
+from evaluate.measure.probes import check_category, read_probes
 from evaluate.models import never_asked, weights_elsewhere
 from filters.duplicates import dedup_sources
 from filters.run import recipe_rules
+from generate.prompts import iter_prompts
 from generate.run import check_stored, pending
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import RecipeError, RequestsFailed, UsageError
@@ -47,6 +48,8 @@ def main(argv: list[str] | None = None) -> None:
         check_stored(recipe, run)
         check_trainable(recipe, run)
         check_files(recipe, run, options.recipe)
+        if recipe.evaluate.verify:
+            check_category(recipe, iter_prompts(recipe))
     if weights_elsewhere(recipe) and (note := never_asked(recipe)):
         print(note, flush=True)
     if options.dry_run:

@@ -123,16 +123,25 @@ def choose_questions(recipe: Recipe, run: RunDir, test_rows: Sequence[Kept] = ()
         )
     if any(prompt.reference is not None for prompt in test.values()):
         test = {text: prompt for text, prompt in test.items() if prompt.reference is not None}
-    category = config.category
-    if category and all(recipe.prompts.category_of(prompt, category) is None for prompt in test.values()):
-        there = ", ".join({name: None for prompt in test.values() for name in (*prompt.columns, *prompt.slots)})
-        raise DataError(
-            f"evaluate.category: no test prompt has a value under {category!r}; there are {there or 'none'}"
-        )
+    check_category(recipe, test.values())
     unseen = []
     if config.probes_file:
         unseen = _from_file(recipe, Asked(_asked_in(run)), config.verify_count)
     return ProbePrompts("test", _sample(list(test.values()), config.verify_count, config.seed), unseen)
+
+
+def check_category(recipe: Recipe, prompts: Iterable[Prompt]) -> None:
+    """Raises DataError if none of the prompts has the column `evaluate.category`."""
+    category, there = recipe.evaluate.category, dict[str, None]()
+    if category is None:
+        return
+    for prompt in prompts:
+        if recipe.prompts.category_of(prompt, category) is not None:
+            return
+        there |= dict.fromkeys((*prompt.columns, *prompt.slots))
+    raise DataError(
+        f"evaluate.category: no test prompt has a value under {category!r}; there are {', '.join(there) or 'none'}"
+    )
 
 
 def _asked_in(run: RunDir) -> Iterator[Prompt | Kept]:

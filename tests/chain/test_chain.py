@@ -203,6 +203,10 @@ def test_what_cannot_be_trained_is_told_before_anything_is_asked(
         ),
         (["--train.test_rows", "none.jsonl"], "train.test_rows none.jsonl: no such file"),
         (["--evaluate.probes_file", "none.jsonl"], "evaluate.probes_file none.jsonl: No such file"),
+        (
+            ["--evaluate.verify", '[{"rule": "choice", "labels": ["a"]}]', "--evaluate.category", "charakter"],
+            "no test prompt has a value under 'charakter'; there are ",
+        ),
         (["--evaluate.lm_eval", "[ifeval]"], "there is no `lm_eval_that_is_not_there` command"),
         (["--filters.dedup.against", "[none]"], r"filters\.dedup\.against\[0\]: none/kept\.jsonl: no such file"),
     ],
