@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from tenacity import wait_fixed
 
 from pipeline.rundir import RunDir
 
@@ -15,3 +16,9 @@ def run(tmp_path: Path) -> RunDir:
 @pytest.fixture(autouse=True)
 def _keyless(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What failed is asked again at once."""
+    monkeypatch.setattr("generate.loop.BACKOFF", wait_fixed(0.01))

@@ -36,11 +36,9 @@ from tests.servers.misbehaving_server import (
 
 
 @pytest.fixture(autouse=True)
-def _quick_and_keyless(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("generate.loop.BACKOFF", wait_fixed(0.01))
+def _quick(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("generate.verdict.PROBE_WAIT", wait_fixed(0.05))
     monkeypatch.setattr("generate.verdict.REFUSED_WAIT", wait_fixed(0.02))
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
 class Window:

@@ -112,9 +112,8 @@ def test_of_many_each_gets_its_share_of_the_requests_by_its_limit_and_of_the_con
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+def run(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     monkeypatch.setattr("generate.servers.FOLLOW_S", 0.05)
-    monkeypatch.setattr("generate.loop.BACKOFF", wait_fixed(0.01))
     monkeypatch.setattr("generate.verdict.PROBE_WAIT", wait_fixed(0.05))
     return RunDir(tmp_path / "run")
 

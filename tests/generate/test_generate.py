@@ -10,7 +10,6 @@ import httpx2
 import pytest
 from aiohttp import web
 from rich.console import Console
-from tenacity import wait_fixed
 
 from generate.progress import Counters, Display
 from generate.reply import retry_after, shortened
@@ -38,11 +37,7 @@ from tests.servers.misbehaving_server import (
     reset,
 )
 
-
-@pytest.fixture(autouse=True)
-def _quick_and_keyless(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("generate.loop.BACKOFF", wait_fixed(0.01))
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def test_every_prompt_is_answered_once_and_all_is_recorded(run: RunDir) -> None:

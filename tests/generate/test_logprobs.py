@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tenacity import wait_fixed
 
 from generate.jobs import build_jobs
 from generate.journal import read_journal
@@ -30,10 +29,7 @@ from tests.servers.misbehaving_server import raw as bytes_of
 ASKED = {"logprobs": 2}
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("generate.loop.BACKOFF", wait_fixed(0.01))
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def said(*tokens: tuple[str, float, dict[str, float]]) -> dict[str, Any]:

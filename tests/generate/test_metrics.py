@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from tenacity import wait_fixed
 
 from generate.__main__ import describe
 from generate.metrics import METRICS
@@ -17,6 +16,8 @@ from pipeline.errors import DistillError
 from pipeline.rundir import RunDir
 from serve.server import free_port
 from tests.servers.misbehaving_server import Asked, Behaviour, answer, error, misbehaving, recipe_for
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana.json"
 
@@ -107,6 +108,5 @@ def test_an_endpoint_is_up_where_it_is_so_for_all_who_still_ask_it(others: tuple
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
-    monkeypatch.setattr("generate.loop.BACKOFF", wait_fixed(0.01))
+def run(quick: None, tmp_path: Path) -> RunDir:
     return RunDir(tmp_path / "run")

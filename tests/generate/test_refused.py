@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from tenacity import wait_fixed
 
 from generate.run import generate
 from generate.verdict import REFUSED_ALIKE
@@ -25,10 +24,7 @@ from tests.servers.misbehaving_server import (
 SLOTS = 8
 
 
-@pytest.fixture(autouse=True)
-def _quick_and_keyless(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("generate.loop.BACKOFF", wait_fixed(0.01))
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """No secret leaves the client in a message: the key, headers' variables, a proxy's password, what looks like a key."""
 
 import pytest
-from tenacity import wait_fixed
 
 from generate.run import generate
 from pipeline.errors import DistillError
@@ -12,10 +11,7 @@ from tests.servers.misbehaving_server import Asked, Behaviour, answer, error, fa
 TENANT, PASSWORD, OTHER_KEY = "tenant-secret-42", "hunter2hunter2", "sk-or-v1-0123456789abcdef0123"
 
 
-@pytest.fixture(autouse=True)
-def _quick_and_keyless(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("generate.loop.BACKOFF", wait_fixed(0.01))
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def written(run: RunDir) -> str:

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 from pydantic import ValidationError
-from tenacity import wait_fixed
 
 from generate.budget import Budget, Spend
 from generate.dialect import Dialect
@@ -43,9 +42,7 @@ from tests.servers.misbehaving_server import (
 PRICE = {"input": 1.0, "output": 10.0}  # USD per million tokens
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("generate.loop.BACKOFF", wait_fixed(0.01))
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def recipe_of(

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tenacity import wait_fixed
 
 import pipeline.cli
 from generate.endpoint import Endpoint
@@ -36,10 +35,7 @@ from tests.servers.misbehaving_server import (
 KEY = "sk-very-secret-0123456789"
 
 
-@pytest.fixture(autouse=True)
-def _quick_and_keyless(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("generate.loop.BACKOFF", wait_fixed(0.01))
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @contextmanager
