@@ -16,12 +16,7 @@ from pipeline.errors import DistillError, RecipeError
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
 from tests.servers.fake_batch_api import FakeBatches, batch_recipe, expired, fake_batches, line, priced
-from tests.servers.misbehaving_server import completions, failures, misbehaving, recipe_for, reply
-
-
-def whole(run: RunDir, count: int) -> bool:
-    ids = [record.id for record in completions(run)]
-    return len(ids) == len(set(ids)) == count
+from tests.servers.misbehaving_server import completions, failures, misbehaving, recipe_for, reply, whole
 
 
 def test_every_request_is_answered_through_one_batch(run: RunDir) -> None:

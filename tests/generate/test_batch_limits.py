@@ -10,7 +10,7 @@ from generate.run import generate
 from pipeline.errors import DistillError
 from pipeline.rundir import RunDir
 from tests.servers.fake_batch_api import batch_recipe, fake_batches
-from tests.servers.misbehaving_server import completions
+from tests.servers.misbehaving_server import whole
 
 
 def test_a_full_account_gets_one_batch_after_the_other(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,7 +18,7 @@ def test_a_full_account_gets_one_batch_after_the_other(run: RunDir, monkeypatch:
     with fake_batches(most_live=1) as fake:
         assert generate(batch_recipe(fake, 12), run, quiet=True).answered == 12
         assert set(fake.asked.values()) == {1}
-    assert len({record.id for record in completions(run)}) == len(completions(run)) == 12
+    assert whole(run, 12)
 
 
 def test_a_batch_too_large_for_the_account_becomes_smaller_ones(run: RunDir) -> None:
@@ -26,7 +26,7 @@ def test_a_batch_too_large_for_the_account_becomes_smaller_ones(run: RunDir) -> 
     with fake_batches(most_enqueued=3) as fake:
         assert generate(batch_recipe(fake, 10), run, quiet=True).answered == 10
         assert set(fake.asked.values()) == {1}
-    assert len({record.id for record in completions(run)}) == len(completions(run)) == 10
+    assert whole(run, 10)
 
 
 def test_an_account_that_takes_no_batch_at_all_is_told(run: RunDir) -> None:

@@ -32,16 +32,11 @@ from tests.servers.misbehaving_server import (
     failures,
     misbehaving,
     recipe_for,
+    whole,
 )
 
 ROOT = Path(__file__).parents[2]
 TWO = {"concurrency": 8, "processes": 2}
-
-
-def whole(run: RunDir, count: int) -> bool:
-    """Whether every request has one answer, and every line is one."""
-    ids = [record.id for record in completions(run)]
-    return len(ids) == len(set(ids)) == count
 
 
 def slow(server_delay_s: float = 0.05) -> object:

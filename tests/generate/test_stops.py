@@ -30,6 +30,7 @@ from tests.servers.misbehaving_server import (
     misbehaving,
     raw,
     recipe_for,
+    whole,
 )
 
 KEY = "sk-very-secret-0123456789"
@@ -287,7 +288,7 @@ def test_a_journal_that_cannot_be_written_stops_the_run(run: RunDir, monkeypatch
                 generate(recipe_for(server, 100), run, quiet=True)
         assert len(completions(run)) == 5
         assert generate(recipe_for(server, 100), run, quiet=True).resumed == 5
-    assert len({record.id for record in completions(run)}) == len(completions(run)) == 100
+    assert whole(run, 100)
 
 
 def test_a_process_that_a_users_rows_end_stops_nothing(run: RunDir, tmp_path: Path) -> None:

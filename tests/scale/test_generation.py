@@ -31,6 +31,7 @@ from tests.servers.misbehaving_server import (
     failures,
     misbehaving,
     recipe_for,
+    whole,
 )
 from tests.servers.object_storage import object_storage
 
@@ -115,12 +116,6 @@ async def drive(
         if outcome:
             raise outcome
     return summary_of(call)
-
-
-def whole(run: RunDir, count: int) -> bool:
-    """Whether every request has one answer."""
-    ids = [record.id for record in completions(run)]
-    return len(ids) == len(set(ids)) == count
 
 
 async def until(driver: Driver, answered: int) -> None:

@@ -265,6 +265,12 @@ def completions(run: RunDir) -> list[Completion]:
     return list(read_jsonl(run.completions, Completion))
 
 
+def whole(run: RunDir, count: int) -> bool:
+    """Whether so many requests have one answer each, and every line is one."""
+    ids = [record.id for record in completions(run)]
+    return len(ids) == len(set(ids)) == count
+
+
 def failures(run: RunDir) -> list[Failure]:
     """What has failed for good."""
     return list(read_jsonl(run.failures, Failure))
