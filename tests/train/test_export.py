@@ -23,11 +23,11 @@ import pytest
 import torch
 import yaml
 from aiohttp import web
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, close_session
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from pipeline.errors import UsageError
+from pipeline.errors import DistillError, UsageError
 from pipeline.lineage import read_lineage, record_lineage
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, Message, encode_line
@@ -36,7 +36,7 @@ from pipeline.serve_config import ServeConfig
 from serve.server import free_port, serving
 from tests.tiny_student import END, kept_row, make_recipe, make_run, story_rows, tiny_model
 from train.publish.cards import dataset_card, languages, model_card, published, without_places
-from train.publish.export import export_dataset, export_gguf, export_model
+from train.publish.export import export_dataset, export_gguf, export_model, main
 from train.rows import part_rows
 from train.run import train_run
 
@@ -661,18 +661,39 @@ def hub() -> Iterator[FakeHub]:
     loop.close()
 
 
-def export(trained: tuple[Recipe, RunDir], *flags: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+def given(trained: tuple[Recipe, RunDir]) -> list[str]:
+    """The recipe and the run, as arguments."""
     recipe, run = trained
     file = run.path / "given.yaml"
     file.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=True)))
+    return [str(file), "--run", str(run.path)]
+
+
+def export(trained: tuple[Recipe, RunDir], *flags: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     kept = {name: value for name, value in os.environ.items() if name not in ("HF_TOKEN", "HF_HUB_OFFLINE")}
     return subprocess.run(
-        [sys.executable, "-m", "train.publish.export", str(file), "--run", str(run.path), *flags],
+        [sys.executable, "-m", "train.publish.export", *given(trained), *flags],
         env={**kept, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", **environment},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+@pytest.fixture
+def export_here(trained: tuple[Recipe, RunDir], hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """The command as `export` runs it, in this process, which has imported all that it takes."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    for name, value in (("HF_TOKEN", TOKEN), ("NO_PROXY", "127.0.0.1"), ("no_proxy", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
+
+    def run(*flags: str) -> None:
+        monkeypatch.setattr("sys.argv", ["export", *given(trained), *flags])
+        main()
+
+    close_session()  # its client knows the proxies of before
+    return run
 
 
 def test_model_and_data_set_are_pushed_with_the_key_of_the_environment(
@@ -721,26 +742,27 @@ def test_a_push_that_cannot_be_is_one_line(
     ],
 )
 def test_only_a_push_that_the_key_may_not_do_names_the_key(
-    trained: tuple[Recipe, RunDir], hub: FakeHub, status: int, code: int, reason: str
+    export_here: Callable[..., None], hub: FakeHub, status: int, code: int, reason: str
 ) -> None:
     hub.fails = status
-    done = export(trained, "--push", "me/tiny", HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN)
-    assert (done.returncode, done.stderr.count("\n")) == (code, 1)
-    assert reason in done.stderr and ("HF_TOKEN" in done.stderr) == (status == 403)
+    with pytest.raises(DistillError) as error:
+        export_here("--push", "me/tiny")
+    said = str(error.value)
+    assert (error.value.exit_code, said.count("\n")) == (code, 0)
+    assert reason in said and ("HF_TOKEN" in said) == (status == 403)
 
 
 def test_a_push_replaces_another_model_and_leaves_what_was_put_there_by_hand(
-    trained: tuple[Recipe, RunDir], hub: FakeHub
+    export_here: Callable[..., None], hub: FakeHub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hand = {"samples.md": b"1", "onnx/config.json": b"2", "other-q8_0.gguf": b"3", "tiny-q4_k_m.gguf": b"4"}
     hand |= {"Modelfile": b"5", "tiny-q8_0.gguf": b"6"}  # beside any other model
     left = {"model-00001-of-00002.safetensors": b"7"}
     hub.repos[("model", "me/tiny")] = {"private": True, "files": {**hand, **left, "lineage.json": b"{}"}}
     for flags, weights in (([], "adapter_model"), (["--merged"], "model"), ([], "adapter_model")):
-        done = export(trained, *flags, "--push", "me/tiny", HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN)
-        assert done.returncode == 0, done.stderr
+        export_here(*flags, "--push", "me/tiny")
         files = hub.repos[("model", "me/tiny")]["files"]
-        exported = {file.name for file in (trained[1].path / "export" / Path(done.stdout.split()[1]).name).iterdir()}
+        exported = {file.name for file in Path(capsys.readouterr().out.split()[1]).iterdir()}
         assert f"{weights}.safetensors" in exported
         assert {*files} == exported | {*hand}
 
@@ -762,17 +784,19 @@ def test_a_run_is_held_until_its_push_has_ended(trained: tuple[Recipe, RunDir], 
     assert len(said) == 1 and "another process" in said[0] and "works on this run" in said[0]
 
 
-def test_a_push_takes_nothing_from_a_repository_without_an_export(trained: tuple[Recipe, RunDir], hub: FakeHub) -> None:
+def test_a_push_takes_nothing_from_a_repository_without_an_export(
+    export_here: Callable[..., None], hub: FakeHub
+) -> None:
     hub.repos[("model", "me/mine")] = {"private": True, "files": {"model.safetensors": b"1"}}
-    done = export(trained, "--push", "me/mine", HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN)
-    assert done.returncode == 0, done.stderr
+    export_here("--push", "me/mine")
     assert {"model.safetensors", "adapter_model.safetensors"} <= {*hub.repos[("model", "me/mine")]["files"]}
 
 
-def test_a_hub_that_is_not_there_is_one_line(trained: tuple[Recipe, RunDir]) -> None:
-    done = export(trained, "--push", "me/tiny", HF_ENDPOINT=f"http://127.0.0.1:{free_port()}", HF_TOKEN=TOKEN)
-    assert done.returncode == 1
-    assert "the Hub cannot be reached" in done.stderr and done.stderr.count("\n") == 1
+def test_a_hub_that_is_not_there_is_one_line(export_here: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(DistillError, match="the Hub cannot be reached") as error:
+        export_here("--push", "me/tiny")
+    assert error.value.exit_code == 1 and "\n" not in str(error.value)
 
 
 @pytest.fixture(scope="module")
