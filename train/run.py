@@ -117,7 +117,7 @@ def train_run(
     with processes.lead_first():
         if processes.lead_in_folder:
             open_work(work, fingerprint, again=again, console=console)
-    _learn(prepared, work, console, processes)
+    _learn(prepared, work)
     if processes.lead:
         log = training_log(prepared, recipe, rows) | {"learning_rate_default": rate}
         section = _lineage_section(recipe, log) | {"precision": prepared.precision, "processes": processes.count}
@@ -135,11 +135,11 @@ def train_launched(recipe: Recipe, run: RunDir, flags: dict[str, bool]) -> None:
         train_run(recipe, run, **flags, processes=processes)
 
 
-def _learn(prepared: "Prepared", work: Path, console: Console, processes: Processes) -> None:
+def _learn(prepared: "Prepared", work: Path) -> None:
     """Trains, from the last checkpoint in `work` if there is one, and saves the student there."""
     with writing_weights(work):
         prepared.fit()
-        prepared.save(work / "student", console, write=processes.lead)
+        prepared.save(work / "student")
 
 
 def _print_result(run: RunDir, rows: str, log: dict[str, Any], section: dict[str, Any]) -> None:

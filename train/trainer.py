@@ -19,7 +19,6 @@ import datasets
 import torch
 import transformers
 from peft import prepare_model_for_kbit_training
-from rich.console import Console
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PrinterCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, get_training_chat_template
@@ -79,6 +78,7 @@ class Prepared:
     """A trainer whose rows are tokenised, and what their tokens say. Keys of the dicts: train, validation."""
 
     trainer: Any  # a StudentTrainer or TRL's DPOTrainer
+    setting: Setting
     rows: dict[str, list[int]]  # indices into Examples: rows that are not too long
     lengths: dict[str, list[int]]  # tokens of every row, the too long ones too
     dtype: torch.dtype  # the student's own, as it was stored
@@ -97,12 +97,12 @@ class Prepared:
         try:
             with quiet(), self.milestones.interruptible():
                 state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json") if checkpoint else None
-                if state and is_ended(state, self.milestones.config.early_stop):
+                if state and is_ended(state, self.setting.config.early_stop):
                     self.trainer.state = state
                     self.trainer._load_best_model()
                 else:
                     self.trainer.train(resume_from_checkpoint=checkpoint)
-                self.milestones.processes.share_weights(self.trainer.model)
+                self.setting.processes.share_weights(self.trainer.model)
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
                 raise DistillError(
@@ -122,7 +122,7 @@ class Prepared:
         """How many rows an epoch trains on."""
         rows, args = len(self.rows["train"]), self.trainer.args
         full = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        left = rows % full if self.milestones.config.method in FULL_STEPS else 0
+        left = rows % full if self.setting.config.method in FULL_STEPS else 0
         return f"{rows - left} of {rows}" if left else f"{rows}"
 
     @property
@@ -141,7 +141,7 @@ class Prepared:
         state: TrainerState = self.trainer.state
         return state.best_global_step or state.global_step
 
-    def save(self, folder: Path, console: Console, *, write: bool = True) -> None:
+    def save(self, folder: Path) -> None:
         """Writes the model (full, dpo) or the adapter (lora), the tokenizer and the chat template.
 
         A model is stored in the dtype it came in, so that before and after are of one size, unless rounding to it
@@ -151,18 +151,18 @@ class Prepared:
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         adapter = hasattr(model, "peft_config")
         with quiet():
-            if adapter and self.milestones.config.further:  # an adapter over a student that nobody else has
+            if adapter and self.setting.config.further:  # an adapter over a student that nobody else has
                 model = self.trainer.model = model.to(torch.float32).merge_and_unload()
                 adapter = False
-            if not adapter and self.dtype != model.dtype and self._survives_rounding(model, console):
+            if not adapter and self.dtype != model.dtype and self._survives_rounding(model):
                 model = model.to(self.dtype)
             state = self.trainer.accelerator.get_state_dict(model) if self.trainer.is_fsdp_enabled else None
-            if write:
+            if self.setting.processes.lead:
                 model.save_pretrained(folder, state_dict=state)
                 (folder / "README.md").unlink(missing_ok=True)  # PEFT's card of blanks, with a path of this machine
                 self.trainer.processing_class.save_pretrained(folder)
 
-    def _survives_rounding(self, model: Any, console: Console) -> bool:
+    def _survives_rounding(self, model: Any) -> bool:
         """Rounds the weights and scores the validation rows again; puts the weights back if that cost too much."""
         exact = {name: value.clone() for name, value in model.state_dict().items()}
         before = float(self.trainer.state.best_metric)
@@ -171,7 +171,7 @@ class Prepared:
         if after - before <= ROUNDING_LOSS:
             return True
         model.load_state_dict(exact)
-        console.print(
+        self.setting.console.print(
             f"saved in {model.dtype}, not in {self.dtype}: rounded, its validation loss would be {after:.4f} instead "
             f"of {before:.4f}; a higher train.learning_rate or more rows move the weights further".replace("torch.", "")
         )
@@ -197,16 +197,16 @@ def prepare(student: str, examples: Examples, setting: Setting) -> Prepared:
             trainer.train_dataset = trainer.train_dataset.map(without_header, fn_kwargs={"header": header})
             trainer.eval_dataset = trainer.eval_dataset.map(without_header, fn_kwargs={"header": header})
         prepared = ready(trainer, dtype, setting)
-        faults = _faults(prepared, examples, tokenizer, config)
+        faults = _faults(prepared, examples, tokenizer)
         shown = Lazy(prepared.rows["train"], examples["train"].__getitem__)
         differing = differing_prompts(trainer.train_dataset, shown, tokenizer)
         if shown and config.soft:
             arguments["warmup_steps"] = trainer.args.warmup_steps
-            prepared = replace(prepared, trainer=_with_teacher(prepared, shown, arguments, setting))
+            prepared = replace(prepared, trainer=_with_teacher(prepared, shown, arguments))
     return replace(prepared, faults=faults, differing=differing)
 
 
-def _faults(prepared: Prepared, examples: Examples, tokenizer: Any, config: TrainConfig) -> dict[str, list[str]]:
+def _faults(prepared: Prepared, examples: Examples, tokenizer: Any) -> dict[str, list[str]]:
     """What is wrong with the tokens of the rows that are not too long, or with what they are padded with."""
     trainer = prepared.trainer
     known, pad = trainer.model.get_input_embeddings().weight.shape[0], trainer.processing_class.pad_token_id
@@ -215,7 +215,7 @@ def _faults(prepared: Prepared, examples: Examples, tokenizer: Any, config: Trai
         return {"vocabulary": [f"the padding token has the id {pad}, the model knows {known:,} tokens"] * every}
     seen, stops = chain(trainer.train_dataset, trainer.eval_dataset), stop_tokens(tokenizer, trainer.model)
     check = partial(label_faults, seen, stops=stops, decode=tokenizer.decode, known=known)
-    if config.loss_on == "last":
+    if prepared.setting.config.loss_on == "last":
         return check()
     texts = (examples[part][index] for part, rows in prepared.rows.items() for index in rows)
     prompts = (asked_tokens(text["prompt"], text["tools"], tokenizer) for text in texts)
@@ -242,14 +242,13 @@ def ready(trainer: Any, dtype: torch.dtype, setting: Setting) -> Prepared:
             f"{len(kept['train'])} rows to train on are fewer than {processes.count} processes; start at most "
             f"{len(kept['train'])} (--num_processes), or generate more prompts"
         )
-    return Prepared(trainer, kept, lengths, dtype, precision(config.weights), milestones, progress)
+    return Prepared(trainer, setting, kept, lengths, dtype, precision(config.weights), milestones, progress)
 
 
-def _with_teacher(
-    prepared: Prepared, shown: Sequence[dict[str, Any]], arguments: dict[str, Any], setting: Setting
-) -> Any:
+def _with_teacher(prepared: Prepared, shown: Sequence[dict[str, Any]], arguments: dict[str, Any]) -> Any:
     """The trainer that follows the teacher, which reads its own prompts; `shown` are the texts of the training rows."""
-    trainer, config, teacher = prepared.trainer, setting.config, setting.teacher
+    trainer, setting = prepared.trainer, prepared.setting
+    config, teacher = setting.config, setting.teacher
     assert teacher is not None
     if config.method == "gold":
         from train.gold import gold_trainer  # here: TRL warns when it is imported
