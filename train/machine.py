@@ -19,9 +19,8 @@ ADAMW_BYTES = 12  # per trained parameter: gradient and two moments, in float32
 AUTOCAST_BYTES = 2  # per parameter: the copy in 16 bits that a forward pass in mixed precision computes with
 LOGITS_BYTES = 1 << 30  # on a CPU, for the logits of one forward pass; on a GPU, for the tiles of the fused head
 GPU_TOKENS = 32_768  # per forward pass on a GPU, at most: by then its matrices are large enough to fill a card
-GPU_WIDTH = (
-    8  # tokens: batches are as wide as a multiple of it, since torch.compile makes code of its own for other widths
-)
+# Tokens: batches are as wide as a multiple of it, since torch.compile makes code of its own for other widths.
+GPU_WIDTH = 8
 CPU_TOKENS = 512  # per forward pass on a CPU; more are slower (SmolLM2-135M: 139 tokens per CPU second, with 2048 108)
 SAFE_SHARE = 0.8  # of free memory that a step may plan for
 COMPILED_STEPS = 1000  # by then compiled layers have won back what compiling them took (docs/gpu.md)

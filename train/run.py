@@ -280,9 +280,8 @@ def training_log(prepared: "Prepared", recipe: Recipe, rows: dict[str, int]) -> 
     from train.machine import peak_memory
 
     state = prepared.trainer.state
-    steps = [
-        entry for entry in state.log_history if isfinite(entry.get("loss", nan))
-    ]  # one that diverged ends with NaN
+    # A training that diverged ends with NaN.
+    steps = [entry for entry in state.log_history if isfinite(entry.get("loss", nan))]
     evaluations = [entry for entry in state.log_history if isfinite(entry.get("eval_loss", nan))]
     return {
         "loss": [{name: entry[name] for name in ("step", "epoch", "loss", "learning_rate")} for entry in steps],
