@@ -42,8 +42,8 @@ def main(argv: list[str] | None = None) -> None:
         rules(recipe, options.recipe)
     if recipe.evaluate.lm_eval:
         find_command()
-    asks = pending(recipe, run)
-    check_teachers(recipe, run, asks=bool(asks))
+    asks = pending(recipe, run) > 0
+    check_teachers(recipe, run, asks=asks)
     if asks:
         check_stored(recipe, run)
         check_trainable(recipe, run)
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         stage("generate", run, options.recipe, [*options.flags, "--dry-run"])
         return
     with run.locked(new=True, name=CHAIN_LOCK):  # before a teacher is started: a second chain is refused at once
-        run_stages(recipe, run, options, asks=bool(asks))
+        run_stages(recipe, run, options, asks=asks)
 
 
 def run_stages(recipe: Recipe, run: RunDir, options: Namespace, *, asks: bool) -> None:
