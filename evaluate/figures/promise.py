@@ -98,8 +98,9 @@ def _claim(
     if value is None or not math.isfinite(value.low):
         return claim
     reached = value.low >= claim.promised
-    chance = prompts < ENOUGH if reached else claim.promised <= value.high or prompts < PROMPTS_TO_DIFFER
-    verdict = "not shown" if chance or once else "yes" if reached else "no"
+    few = prompts < (ENOUGH if reached else PROMPTS_TO_DIFFER)
+    could_be_reached = not reached and value.high >= claim.promised
+    verdict = "not shown" if few or once or could_be_reached else "yes" if reached else "no"
     return msgspec.structs.replace(claim, value=value, verdict=verdict)
 
 
