@@ -178,16 +178,15 @@ def _by_task(results: Mapping[str, TaskResult]) -> dict[str, dict[str, Estimate]
 
 def _accuracy(plan: Plan, verified: VerifiedAnswers, figures: Mapping[Scope, Figures]) -> Accuracy:
     labels = {subject.key: subject.label for subject in plan.models}
-    told, column = f"{BEFORE}_told", plan.recipe.evaluate.category
-    if told in verified.answers:
-        labels[told] = f"{labels[BEFORE]}, told"
+    key, column, told = f"{BEFORE}_told", plan.recipe.evaluate.category, None
+    if key in verified.answers:
+        labels[key] = f"{labels[BEFORE]}, told"
+        told = ModelReport(key=key, label=labels[key], reference=key, figures=_figures_of(key, figures))
     ratios = {part: quotient(figures[part], "accuracy", AFTER, TEACHER) for part in verified.prompts}
     return Accuracy(
         rules=[rule.described() for rule in plan.verify.rules],
         prompts={part: len(prompts) for part, prompts in verified.prompts.items()},
-        told=ModelReport(key=told, label=labels[told], reference=told, figures=_figures_of(told, figures))
-        if told in labels
-        else None,
+        told=told,
         over_teacher={part: value for part, value in ratios.items() if value},
         categories=by_category(verified, plan.recipe.prompts, column) if column else {},
         wrong=verified.wrong(),
