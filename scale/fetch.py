@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
             state.save(folder)  # with the names of the store's files: the next call removes those that are gone there
         for journal in (path for name in JOURNALS for path in folder.rglob(name)):
             compact(journal)
-    print(folder, file=sys.stdout)
+    print(folder)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def reference_of(recipe: Recipe, run: RunDir, key: str) -> str:
     """
     folders = {AFTER: after_training, BEFORE: before_training}
     if key in folders:
-        return str(Path(folders[key](recipe, run)).resolve())
+        return str(folders[key](recipe, run).resolve())
     return recipe.teacher.model if key == TEACHER else key
 
 
