@@ -1,5 +1,6 @@
 """A tiny chat model and a run with kept rows, made on the spot, for the tests of training."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,16 @@ def make_run(path: Path, rows: list[Kept]) -> RunDir:
     run = RunDir(path)
     run.kept.write_bytes(b"".join(encode_line(row) for row in rows))
     return run
+
+
+def log_of(run: RunDir) -> dict[str, Any]:
+    """What a training said of itself."""
+    return json.loads((run.student / "training_log.json").read_bytes())
+
+
+def losses(run: RunDir) -> list[float]:
+    """What each step minimised."""
+    return [entry["loss"] for entry in log_of(run)["loss"]]
 
 
 def story_rows(count: int) -> list[Kept]:

@@ -26,7 +26,7 @@ from scale.storage import Store, open_store
 from tests.servers import misbehaving_server
 from tests.servers.object_storage import object_storage
 from tests.servers.serve_process import command_of, empty_model, processes_with, server_at, stand_in, wait_until
-from tests.tiny_student import make_recipe, make_run, story_rows, tiny_model
+from tests.tiny_student import log_of, make_recipe, make_run, story_rows, tiny_model
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra `ray`"),
@@ -145,7 +145,7 @@ def test_a_training_on_two_nodes_is_that_of_one_process_though_one_is_killed(tmp
 
 
 def assert_same_losses(*runs: RunDir) -> None:
-    logs = [json.loads((run.student / "training_log.json").read_bytes()) for run in runs]
+    logs = [log_of(run) for run in runs]
     for part in ("loss", "eval"):
         first, second = ([entry["loss"] for entry in log[part]] for log in logs)
         assert second == pytest.approx(first, rel=1e-3)

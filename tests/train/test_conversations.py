@@ -17,7 +17,7 @@ from pipeline.errors import DataError, RecipeError
 from pipeline.reasoning import reasoning_form
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, Message, read_jsonl
-from tests.tiny_student import CHATML, kept_row, make_recipe, make_run, tiny_model
+from tests.tiny_student import CHATML, kept_row, log_of, make_recipe, make_run, tiny_model
 from train.checks.data import row_checks
 from train.checks.pair import thoughts_check, told_only, tools_check
 from train.publish.export import export_dataset
@@ -254,5 +254,5 @@ def test_a_teacher_that_is_the_student_has_nothing_to_teach(
     train_run(
         make_recipe(model, model, method="kd", kd={"weights": "full", "alpha": 1}, loss_on=loss_on, accept=accept), run
     )
-    log = json.loads((run.student / "training_log.json").read_bytes())
+    log = log_of(run)
     assert log["loss"][0]["loss"] == pytest.approx(0, abs=1e-6)

@@ -13,7 +13,7 @@ from pipeline.errors import DataError, UsageError
 from pipeline.records import Message, Preference, encode_line
 from pipeline.rundir import RunDir
 from pipeline.students import trained_section
-from tests.tiny_student import kept_row, make_recipe, make_run, story_rows, tiny_model
+from tests.tiny_student import kept_row, log_of, make_recipe, make_run, story_rows, tiny_model
 from train.preferences import read_pairs, start_of
 from train.rows import read_parts
 from train.run import train_run
@@ -69,7 +69,7 @@ def preference(folder: Path, run: RunDir) -> float:
 @pytest.mark.parametrize("weights", ["lora", "full"])
 def test_the_student_comes_to_prefer_the_better_answers(student: str, run: RunDir, weights: str) -> None:
     train_run(recipe(student, method="dpo", dpo={"weights": weights}), run)
-    log = json.loads((run.student / "training_log.json").read_bytes())
+    log = log_of(run)
     assert log["loss"][0]["loss"] == pytest.approx(0.6931, abs=1e-3)  # ln 2: the student is the reference
     assert log["loss"][-1]["loss"] < 0.6 and 0 < log["margin"][0] < log["margin"][-1]
     assert preference(run.student, run) > preference(run.student_sft, run) + 5
@@ -91,7 +91,7 @@ def test_an_adapter_is_merged_and_the_start_is_found_again(student: str, tmp_pat
     write_pairs(run, 8)
     train_run(pairs, run)
     assert (run.student_sft / "adapter_config.json").exists() and (run.student / "model.safetensors").exists()
-    log = json.loads((run.student / "training_log.json").read_bytes())
+    log = log_of(run)
     assert log["loss"][0]["loss"] == pytest.approx(0.6931472, abs=1e-5)  # the reference is the base with its adapter
     train_run(pairs, run)
     assert "the student is up to date" in " ".join(capsys.readouterr().err.split())
@@ -126,7 +126,7 @@ def test_an_interrupted_training_goes_on_with_the_same_losses(
         train_run(recipe(student, **start), broken)
     train_run(recipe(student, **start), broken)
     assert steps[-1] > 0
-    first, second = (json.loads((each.student / "training_log.json").read_bytes()) for each in (whole, broken))
+    first, second = (log_of(each) for each in (whole, broken))
     for name in ("loss", "eval"):
         found = [[entry["loss"] for entry in log[name]] for log in (first, second)]
         assert found[1] == pytest.approx(found[0], rel=1e-4)

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from pipeline.errors import RecipeError
-from tests.tiny_student import make_recipe, make_run, story_rows, tiny_model
+from tests.tiny_student import log_of, make_recipe, make_run, story_rows, tiny_model
 from train.batches import end_to_end
 from train.machine import check_machine
 from train.processes import ALONE
@@ -76,7 +76,7 @@ def test_neftune_makes_noise_while_training_only(student: str, tmp_path: Path) -
     for alpha in (None, 50):
         run = make_run(tmp_path / str(alpha), story_rows(8))
         train_run(make_recipe(student, neftune_alpha=alpha, learning_rate=1e-9), run)
-        log = json.loads((run.student / "training_log.json").read_bytes())
+        log = log_of(run)
         losses[alpha] = (log["loss"][0]["loss"], log["eval"][0]["loss"])
     assert abs(losses[50][0] - losses[None][0]) > 1e-3
     assert losses[50][1] == pytest.approx(losses[None][1], abs=1e-5)

@@ -14,7 +14,7 @@ from trl.experimental.gold.gold_trainer import build_teacher_inputs_from_texts
 
 from pipeline.errors import RecipeError
 from pipeline.teacher_config import TeacherConfig
-from tests.tiny_student import CHATML, kept_row, make_recipe, make_run, story_rows, tiny_model
+from tests.tiny_student import CHATML, kept_row, log_of, make_recipe, make_run, story_rows, tiny_model
 from train.rows import to_examples
 from train.run import train_run
 from train.setting import Setting
@@ -114,7 +114,7 @@ def test_a_student_learns_from_a_teacher_of_other_tokens(tmp_path: Path) -> None
     run = make_run(tmp_path / "run", story_rows(12))
     own = {"learning_rate": 1e-2, "epochs": 3, "accept": ["filters", "licence", "templates", "size_ratio"]}
     train_run(make_recipe(student, teacher, method="gold", kd={"weights": "full"}, **own), run)
-    log = json.loads((run.student / "training_log.json").read_bytes())
+    log = log_of(run)
     losses = [entry["loss"] for entry in log["loss"]]
     assert len(losses) >= 6 and losses[-1] < 0.9 * losses[0]
     assert log["eval"][-1]["loss"] < log["eval"][0]["loss"]
@@ -128,7 +128,7 @@ def test_each_row_of_a_full_step_is_counted_once(tmp_path: Path, capsys: pytest.
     train_run(
         make_recipe(student, teacher, method="gold", kd={"weights": "full"}, micro_batch_size=1, accept=accept), run
     )
-    log = json.loads((run.student / "training_log.json").read_bytes())
+    log = log_of(run)
     row = "<|im_start|>user\nStory 0?<|im_end|>\n<|im_start|>assistant\nEnd 0.<|im_end|>"
     tokens = 4 * len(AutoTokenizer.from_pretrained(student)(row)["input_ids"])
     assert (len(log["loss"]), log["tokens"]) == (1, tokens)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline.errors import RecipeError
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.rundir import RunDir
-from tests.tiny_student import kept_row, make_recipe, make_run, story_rows, tiny_model
+from tests.tiny_student import kept_row, log_of, make_recipe, make_run, story_rows, tiny_model
 from train.new_student import PAD, Shape, apply_template, shape_of, train_tokenizer, vocabulary_of
 from train.run import train_run
 from train.student import initial_student
@@ -86,7 +86,7 @@ def test_a_new_student_learns_and_its_folder_is_whole(tmp_path: Path) -> None:
     run = make_run(tmp_path, story_rows(24))
     train_run(new_recipe(epochs=3, learning_rate=None, batch_size=4), run)
     section = json.loads(run.lineage.read_bytes())["train"]
-    built, log = section["built"], json.loads((run.student / "training_log.json").read_bytes())
+    built, log = section["built"], log_of(run)
     model, before = (AutoModelForCausalLM.from_pretrained(folder) for folder in (run.student, run.student_init))
     assert built["parameters"] == model.num_parameters() == before.num_parameters()
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight

@@ -15,7 +15,7 @@ from pipeline.lineage import read_lineage
 from pipeline.records import Message, Preference, encode_line
 from pipeline.rundir import RunDir
 from pipeline.students import trained_section
-from tests.tiny_student import kept_row, make_recipe, make_run, story_rows, tiny_model
+from tests.tiny_student import kept_row, log_of, make_recipe, make_run, story_rows, tiny_model
 from train.preferences import start_of
 from train.processes import ALONE
 from train.progress import Milestones
@@ -63,7 +63,7 @@ def test_the_warm_up_does_not_count_rows_that_are_left_out(student: str, tmp_pat
 def test_a_training_of_one_step_learns_something(student: str, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", story_rows(6))
     train_run(make_recipe(student, batch_size=4), run)
-    (step,) = json.loads((run.student / "training_log.json").read_bytes())["loss"]
+    (step,) = log_of(run)["loss"]
     assert step["learning_rate"] == 1e-3
     assert (weights(run.student) - weights(Path(student))).abs().max() > 1e-4
 

@@ -18,7 +18,7 @@ from pipeline.students import trained_section
 from pipeline.teacher_config import TeacherConfig
 from pipeline.train_config import TrainConfig
 from tests.servers.fake_vllm import scoring
-from tests.tiny_student import END, make_recipe, make_run, story_rows, tiny_model
+from tests.tiny_student import END, log_of, make_recipe, make_run, story_rows, tiny_model
 from train.on_policy import EpochSampler
 from train.rows import read_parts, to_examples
 from train.run import train_run
@@ -114,7 +114,7 @@ def test_it_starts_from_a_student_that_learned_from_answers(models: tuple[str, s
     assert (first["method"], then["method"], then["start"]) == ("lora", "on_policy", first)
     assert (run.student_sft / "adapter_config.json").is_file() and (run.student / "model.safetensors").is_file()
     assert then["steps"] == 8 and then["hyperparameters"]["on_policy"]["max_new_tokens"] == 8
-    log = json.loads((run.student / "training_log.json").read_bytes())
+    log = log_of(run)
     assert log["tokens"] > 0
     losses = [entry["loss"] for entry in log["loss"]]
     assert sum(losses[-3:]) < sum(losses[:3])

@@ -14,7 +14,7 @@ from trl.experimental.gold import GOLDConfig, GOLDTrainer
 
 from pipeline.errors import RecipeError
 from pipeline.teacher_config import TeacherConfig
-from tests.tiny_student import make_recipe, make_run, story_rows, tiny_model
+from tests.tiny_student import log_of, losses, make_recipe, make_run, story_rows, tiny_model
 from train.progress import TrainProgress
 from train.rows import to_examples
 from train.run import train_run
@@ -51,10 +51,6 @@ def prepared(models: tuple[str, str], folder: Path, **train: Any) -> Prepared:
 def divergence(teacher: torch.Tensor, student: torch.Tensor) -> float:
     """KL(teacher || student) of log-probabilities, summed."""
     return (teacher.exp() * (teacher - student)).sum().item()
-
-
-def losses(run: Any) -> list[float]:
-    return [entry["loss"] for entry in json.loads((run.student / "training_log.json").read_bytes())["loss"]]
 
 
 @pytest.mark.parametrize(
@@ -114,7 +110,7 @@ def test_a_soft_student_comes_nearer_to_its_teacher(models: tuple[str, str], tmp
     train_run(make_recipe(*models, method="kd", kd=soft, learning_rate=1e-2), run)
     found = losses(run)
     assert found[-1] < 0.8 * found[0]
-    log = json.loads((run.student / "training_log.json").read_bytes())
+    log = log_of(run)
     assert (log["method"], log["weights"]) == ("kd", "full")
     before, after, teacher = (
         AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)

@@ -1,6 +1,5 @@
 """kd without the teacher beside the student: what is stored or served of its answers, and the loss that follows."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from pipeline.errors import DataError, DistillError, RecipeError
 from pipeline.records import Kept, encode_line
 from pipeline.rundir import RunDir
 from tests.servers.fake_vllm import scoring
-from tests.tiny_student import END, make_recipe, make_run, story_rows, tiny_model
+from tests.tiny_student import END, losses, make_recipe, make_run, story_rows, tiny_model
 from train.run import train_run
 from train.soft import top_k_divergence
 from train.top_k import endpoint_client, token_names
@@ -61,10 +60,6 @@ def store(run: RunDir, rows: list[Kept], teacher: str, top: int = 5, *, by_bytes
         assert line is not None
         lines.append(encode_line(line))
     run.logprobs.write_bytes(b"".join(lines))
-
-
-def losses(run: RunDir) -> list[float]:
-    return [entry["loss"] for entry in json.loads((run.student / "training_log.json").read_bytes())["loss"]]
 
 
 def test_the_divergence_is_as_by_hand() -> None:

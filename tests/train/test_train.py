@@ -25,7 +25,7 @@ from pipeline.recipe import Recipe
 from pipeline.records import encode_line
 from pipeline.rundir import RunDir
 from pipeline.students import trained_section
-from tests.tiny_student import END, START, kept_row, make_recipe, make_run, story_rows, tiny_model
+from tests.tiny_student import END, START, kept_row, log_of, losses, make_recipe, make_run, story_rows, tiny_model
 from train.checkpoints import open_work
 from train.machine import activation_bytes
 from train.processes import Processes
@@ -42,14 +42,6 @@ QUIET = Console(quiet=True)
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tiny_model(tmp_path_factory.mktemp("student") / "model"))
-
-
-def log_of(run: RunDir) -> dict[str, Any]:
-    return json.loads((run.student / "training_log.json").read_bytes())
-
-
-def losses(run: RunDir) -> list[float]:
-    return [entry["loss"] for entry in log_of(run)["loss"]]
 
 
 def byte_ids(text: str, tokenizer: Any) -> list[int]:
