@@ -7,14 +7,14 @@ import pytest
 
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
-from tests.tiny_student import make_recipe, make_run, story_rows, tiny_model
+from tests.tiny_student import make_recipe, make_run, story_rows
 from train.progress import TrainProgress
 from train.run import train_run
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    return make_recipe(str(tiny_model(tmp_path_factory.mktemp("student") / "model")), epochs=2)
+def recipe(student: str) -> Recipe:
+    return make_recipe(student, epochs=2)
 
 
 def started_at(recipe: Recipe, run: RunDir, *, again: bool, stop: int | None = None) -> int | None:

@@ -28,11 +28,6 @@ from train.teacher import Card, known_files, parameters_of, read_card
 DEFAULT_SYSTEM = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are kind.<|im_end|>\n{% endif %}"
 
 
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tiny_model(tmp_path_factory.mktemp("student") / "model"))
-
-
 def of_rows(rows: list[Kept], lineage: dict[str, Any] | None = None) -> dict[str, Check]:
     parts = Parts(train=rows, validation=[], test=[])
     return {check.name: check for check in row_checks(parts, lineage or {}, make_recipe("x"))}

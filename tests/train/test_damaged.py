@@ -12,7 +12,7 @@ from pipeline.adapters import torn_file
 from pipeline.errors import UsageError
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
-from tests.tiny_student import make_recipe, make_run, story_rows, tiny_model
+from tests.tiny_student import make_recipe, make_run, story_rows
 from train.preferences import start_of
 from train.publish.export import export_model
 from train.run import train_run
@@ -20,8 +20,8 @@ from train.trainer import load_start
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    return make_recipe(str(tiny_model(tmp_path_factory.mktemp("student") / "model")), epochs=2)
+def recipe(student: str) -> Recipe:
+    return make_recipe(student, epochs=2)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from pipeline.errors import RecipeError
-from tests.tiny_student import log_of, make_recipe, make_run, story_rows, tiny_model
+from tests.tiny_student import log_of, make_recipe, make_run, story_rows
 from train.batches import end_to_end
 from train.machine import check_machine
 from train.processes import ALONE
@@ -26,11 +26,6 @@ from train.student_trainer import check_rows_apart, completion_logits
 from train.trainer import prepare
 
 QUIET = Console(quiet=True)
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tiny_model(tmp_path_factory.mktemp("student")))
 
 
 @pytest.mark.parametrize(

@@ -79,15 +79,15 @@ def test_with_one_tokenizer_the_loss_is_as_by_hand(tmp_path: Path) -> None:
     assert loss == pytest.approx(0.7 * divergence + 0.3 * hard, rel=1e-3 if exact else 2e-2)
 
 
-def test_the_teacher_reads_its_own_prompt(tmp_path: Path) -> None:
-    student, teacher = str(tiny_model(tmp_path / "student")), other_model(tmp_path / "teacher")
+def test_the_teacher_reads_its_own_prompt(student: str, tmp_path: Path) -> None:
+    teacher = other_model(tmp_path / "teacher")
     trainer = trainer_of(student, teacher, tmp_path / "t")
     texts = set(trainer.train_dataset["original_prompt_text"])
     assert "[system\nBe brief.</s>\n[user\nStory 2?</s>\n[assistant\n" in texts
 
 
-def test_a_first_token_that_template_and_tokenizer_both_put_stands_once(tmp_path: Path) -> None:
-    student, teacher = str(tiny_model(tmp_path / "student")), other_model(tmp_path / "teacher")
+def test_a_first_token_that_template_and_tokenizer_both_put_stands_once(student: str, tmp_path: Path) -> None:
+    teacher = other_model(tmp_path / "teacher")
     tokenizer = AutoTokenizer.from_pretrained(teacher)  # as Llama 3's
     tokenizer.bos_token, tokenizer.chat_template = "<pad>", "{{ bos_token }}" + tokenizer.chat_template
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 0)])
@@ -109,8 +109,8 @@ def test_a_template_that_ends_an_answer_without_the_end_token_is_refused(tmp_pat
         trainer_of(student, other_model(tmp_path / "teacher"), tmp_path / "t")
 
 
-def test_a_student_learns_from_a_teacher_of_other_tokens(tmp_path: Path) -> None:
-    student, teacher = str(tiny_model(tmp_path / "student")), other_model(tmp_path / "teacher")
+def test_a_student_learns_from_a_teacher_of_other_tokens(student: str, tmp_path: Path) -> None:
+    teacher = other_model(tmp_path / "teacher")
     run = make_run(tmp_path / "run", story_rows(12))
     own = {"learning_rate": 1e-2, "epochs": 3, "accept": ["filters", "licence", "templates", "size_ratio"]}
     train_run(make_recipe(student, teacher, method="gold", kd={"weights": "full"}, **own), run)
@@ -121,8 +121,10 @@ def test_a_student_learns_from_a_teacher_of_other_tokens(tmp_path: Path) -> None
     assert json.loads(run.lineage.read_bytes())["train"]["method"] == "gold"
 
 
-def test_each_row_of_a_full_step_is_counted_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    student, teacher = str(tiny_model(tmp_path / "student")), other_model(tmp_path / "teacher")
+def test_each_row_of_a_full_step_is_counted_once(
+    student: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = other_model(tmp_path / "teacher")
     run = make_run(tmp_path / "run", [kept_row(n, f"Story {n}?", f"End {n}.") for n in range(8)])
     accept = ["filters", "licence", "templates", "size_ratio"]
     train_run(

@@ -15,7 +15,7 @@ from pipeline.lineage import read_lineage
 from pipeline.records import Message, Preference, encode_line
 from pipeline.rundir import RunDir
 from pipeline.students import trained_section
-from tests.tiny_student import kept_row, log_of, make_recipe, make_run, story_rows, tiny_model
+from tests.tiny_student import kept_row, log_of, make_recipe, make_run, story_rows
 from train.preferences import start_of
 from train.processes import ALONE
 from train.progress import Milestones
@@ -26,11 +26,6 @@ from train.setting import Setting
 from train.trainer import prepare
 
 QUIET = Console(quiet=True)
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tiny_model(tmp_path_factory.mktemp("student") / "model"))
 
 
 def write_pairs(run: RunDir, count: int) -> None:

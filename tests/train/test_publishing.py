@@ -12,13 +12,8 @@ from pipeline.lineage import read_lineage, record_lineage
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
 from pipeline.students import trained_section
-from tests.tiny_student import make_recipe, make_run, story_rows, tiny_model
+from tests.tiny_student import make_recipe, make_run, story_rows
 from train.run import train_run
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tiny_model(tmp_path_factory.mktemp("student") / "model"))
 
 
 @pytest.fixture

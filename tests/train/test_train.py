@@ -39,11 +39,6 @@ from train.trainer import prepare
 QUIET = Console(quiet=True)
 
 
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tiny_model(tmp_path_factory.mktemp("student") / "model"))
-
-
 def byte_ids(text: str, tokenizer: Any) -> list[int]:
     """The tiny tokenizer has one token a byte."""
     ids = [tokenizer.convert_tokens_to_ids("Ġ" if c == " " else "Ċ" if c == "\n" else c) for c in text]
