@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, Message, encode_line
 from pipeline.rundir import RunDir
@@ -109,3 +111,17 @@ def make_recipe(
         prompts={"template": "Hi", "count": 1, "validation": validation, "test": test},
         train=settings,
     )
+
+
+def interrupted(*_: Any, **__: Any) -> None:
+    """Stands where a training is to be stopped."""
+    raise KeyboardInterrupt
+
+
+def train_unsaved(recipe: Recipe, run: RunDir) -> None:
+    """Trains to the end, and is stopped before the student is saved."""
+    from train.run import train_run
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("train.trainer.Prepared.save", interrupted)
+        train_run(recipe, run)

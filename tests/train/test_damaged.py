@@ -12,7 +12,7 @@ from pipeline.adapters import torn_file
 from pipeline.errors import UsageError
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
-from tests.tiny_student import make_recipe, make_run, story_rows
+from tests.tiny_student import make_recipe, make_run, story_rows, train_unsaved
 from train.preferences import start_of
 from train.publish.export import export_model
 from train.run import train_run
@@ -34,15 +34,9 @@ def trained(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 def stopped(recipe: Recipe, path: Path) -> RunDir:
     """A run whose training was stopped before the student was saved."""
     run = make_run(path, story_rows(8))
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("train.trainer.Prepared.save", _interrupted)
-        train_run(recipe, run)
+    train_unsaved(recipe, run)
     assert sorted(path.name for path in (run.path / "training").glob("*-*")) == ["checkpoint-2", "checkpoint-4"]
     return run
-
-
-def _interrupted(*_: object, **__: object) -> None:
-    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,19 @@ from pipeline.recipe import Recipe
 from pipeline.records import encode_line
 from pipeline.rundir import RunDir
 from pipeline.students import trained_section
-from tests.tiny_student import END, START, kept_row, log_of, losses, make_recipe, make_run, story_rows, tiny_model
+from tests.tiny_student import (
+    END,
+    START,
+    interrupted,
+    kept_row,
+    log_of,
+    losses,
+    make_recipe,
+    make_run,
+    story_rows,
+    tiny_model,
+    train_unsaved,
+)
 from train.checkpoints import open_work
 from train.machine import activation_bytes
 from train.processes import Processes
@@ -51,18 +63,9 @@ def test_labels_of_one_row_counted_by_hand(student: str, tmp_path: Path) -> None
     prepared = prepare(student, examples, Setting(make_recipe(student).train, tmp_path, Console(quiet=True)))
     row, tokenizer = prepared.trainer.train_dataset[0], prepared.trainer.processing_class
     # <start>user\nHi<end>\n<start>assistant\n: 1 + 5 + 2 + 1 + 1 + 1 + 10 = 21 tokens of prompt
-    prompt = [
-        START,
-        *byte_ids("user\nHi", tokenizer),
-        END,
-        *byte_ids("\n", tokenizer),
-    ]
+    prompt = [START, *byte_ids("user\nHi", tokenizer), END, *byte_ids("\n", tokenizer)]
     prompt += [START, *byte_ids("assistant\n", tokenizer)]
-    answer = [
-        *byte_ids("Yes", tokenizer),
-        END,
-        *byte_ids("\n", tokenizer),
-    ]
+    answer = [*byte_ids("Yes", tokenizer), END, *byte_ids("\n", tokenizer)]
     assert len(prompt) == 21
     assert row["input_ids"] == prompt + answer
     assert row["labels"] == [-100] * 21 + answer
@@ -303,12 +306,10 @@ def test_an_interrupted_training_goes_on_with_the_same_losses(
 
 
 def test_checkpoints_of_other_settings_are_not_gone_on_from(
-    student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    student: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(tmp_path / "run", story_rows(8))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("train.trainer.Prepared.save", _interrupted)
-        train_run(make_recipe(student), run)
+    train_unsaved(make_recipe(student), run)
     assert list((run.path / "training").glob("checkpoint-*"))
     fresh = make_run(tmp_path / "fresh", story_rows(8))
     train_run(make_recipe(student, learning_rate=5e-3), fresh)
@@ -324,31 +325,23 @@ def test_the_test_rows_stay_those_of_the_student_that_is_there(
     run = make_run(tmp_path / "run", story_rows(10))
     train_run(make_recipe(student, test=0.2), run)
     tested = run.test.read_bytes()
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("train.trainer.Prepared.save", _interrupted)
-        train_run(make_recipe(student, test=0.5), run)
+    train_unsaved(make_recipe(student, test=0.5), run)
     assert run.test.read_bytes() == tested
     run.test.write_bytes(tested[:-9])  # a cut-off copy
-    monkeypatch.setattr("train.trainer.StudentTrainer.training_step", _interrupted)  # no step may be taken
+    monkeypatch.setattr("train.trainer.StudentTrainer.training_step", interrupted)  # no step may be taken
     train_run(make_recipe(student, test=0.2), run)
     assert run.test.read_bytes() == tested
-
-
-def _interrupted(*_: Any, **__: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def test_a_training_stopped_before_it_was_saved_is_not_trained_again(
     student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(tmp_path / "run", story_rows(8))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("train.trainer.Prepared.save", _interrupted)
-        train_run(make_recipe(student), run)
+    train_unsaved(make_recipe(student), run)
     torn = run.path / "training" / "checkpoint-99"  # killed while it was written
     torn.mkdir()
     (torn / "trainer_state.json").write_text('{"global_step": 9')
-    monkeypatch.setattr("train.trainer.StudentTrainer.training_step", _interrupted)  # no step may be taken
+    monkeypatch.setattr("train.trainer.StudentTrainer.training_step", interrupted)  # no step may be taken
     train_run(make_recipe(student), run)
     assert len(losses(run)) == len({entry["step"] for entry in log_of(run)["loss"]}) == 2
     assert math.isfinite(log_of(run)["eval"][-1]["loss"])
@@ -437,10 +430,8 @@ def test_training_ends_when_the_validation_loss_no_longer_falls(
     assert log_of(whole)["saved_step"] == best
     assert "no better validation loss in 2 evaluations" in capsys.readouterr().err
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("train.trainer.Prepared.save", _interrupted)  # stopped after its end, before it was saved
-        train_run(make_recipe(student, **settings), killed)
-    monkeypatch.setattr("train.trainer.StudentTrainer.training_step", _interrupted)  # no step may be taken
+    train_unsaved(make_recipe(student, **settings), killed)
+    monkeypatch.setattr("train.trainer.StudentTrainer.training_step", interrupted)  # no step may be taken
     train_run(make_recipe(student, **settings), killed)
     assert (eval_losses(killed), log_of(killed)["saved_step"]) == (found, best)
     assert cross_entropy_of(killed) == pytest.approx(found[best], rel=1e-4)
@@ -451,10 +442,8 @@ def test_a_training_that_was_killed_after_its_end_takes_no_further_step(
     student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: float
 ) -> None:
     run, recipe = make_run(tmp_path / "run", story_rows(18)), make_recipe(student, epochs=epochs)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("train.trainer.Prepared.save", _interrupted)
-        train_run(recipe, run)
-    monkeypatch.setattr("train.trainer.StudentTrainer.training_step", _interrupted)
+    train_unsaved(recipe, run)
+    monkeypatch.setattr("train.trainer.StudentTrainer.training_step", interrupted)
     train_run(recipe, run)
     assert len(log_of(run)["loss"]) == 4 * epochs == log_of(run)["saved_step"]
 
