@@ -7,8 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -74,13 +73,6 @@ def ids(data: bytes | None) -> list[str]:
     return [json.loads(line)["id"] for line in (data or b"").splitlines()]
 
 
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 100
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_another_machine_goes_on_and_a_third_fetches(tmp_path: Path, url: str) -> None:
     with misbehaving() as teacher:
         one = machine(tmp_path / "one", teacher)
@@ -116,9 +108,9 @@ def test_a_killed_run_goes_on(tmp_path: Path, url: str, lost: bool) -> None:
         one = machine(tmp_path / "one", teacher, budget={"tokens": 100_000}, generate=patient)
         command = ["-c", SMALL_PARTS, "generate", "recipe.yaml", "--run", url, "--quiet"]
         process = start(one, *command)
-        until(lambda: len(store.names("parts")) == 4 and _last_lease(store).get("unstored"))
+        wait_until(lambda: len(store.names("parts")) == 4 and _last_lease(store).get("unstored"))
         run = stored_run(one)
-        until(lambda: len(ids((run / "completions.jsonl").read_bytes())) == 23)
+        wait_until(lambda: len(ids((run / "completions.jsonl").read_bytes())) == 23)
         os.killpg(process.pid, signal.SIGKILL)
         with suppress(ProcessLookupError):  # it ends with the first
             os.kill(int((run / ".lock").read_text()), signal.SIGKILL)
@@ -153,7 +145,7 @@ def test_an_interrupt_puts_the_rest_and_gives_the_run_free(tmp_path: Path, url: 
     with misbehaving(lambda asked: answer(delay_s=0.2)) as teacher:
         one = machine(tmp_path / "one", teacher, 1000)
         process = start(one, "-c", SMALL_PARTS, "generate", "recipe.yaml", "--run", url, "--quiet")
-        until(lambda: store.names("parts"))
+        wait_until(lambda: store.names("parts"))
         process.send_signal(signal.SIGINT)
         code, _, err = finish(process)
     assert (code, _last_lease(store)["released"]) == (130, True), err
