@@ -540,6 +540,22 @@ def test_a_killed_training_goes_on_where_it_was(student: str, tmp_path: Path, me
     assert eval_losses(killed) == pytest.approx(eval_losses(whole), rel=1e-5)
 
 
+def by_two_processes(flag: str, recipe: Recipe, run: RunDir) -> list[str]:
+    """As with GPUs. On a machine without one accelerate starts two processes on its CPU; with --cpu it starts one."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", flag, "--num_processes", "2"]
+    return [*launch, *command_of(recipe, run.path.parent), str(run.path)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_only_one_of_two_processes_asks_for_the_lock(student: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", story_rows(21))
+    with run.locked():
+        command = by_two_processes("--multi_gpu", make_recipe(student), run)
+        refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode != 0 and refused.stderr.count("works on this run") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
@@ -556,13 +572,8 @@ def test_two_processes_train_the_same_student_as_one(
 ) -> None:
     alone, together = (make_run(tmp_path / name, story_rows(21)) for name in ("alone", "together"))
     recipe = make_recipe(student, epochs=2, lora_dropout=0, **settings)
-    subprocess.run([sys.executable, *command_of(recipe, tmp_path), str(alone.path)], check=True, capture_output=True)
-    # As with GPUs. On a machine without one accelerate starts two processes on its CPU; with --cpu it starts one.
-    launch = [sys.executable, "-m", "accelerate.commands.launch", flag, "--num_processes", "2"]
-    command = [*launch, *command_of(recipe, tmp_path), str(together.path)]
-    with together.locked():  # only one of them asks for the lock, and is told no
-        refused = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert refused.returncode != 0 and refused.stderr.count("works on this run") == 1
+    train_run(recipe, alone)
+    command = by_two_processes(flag, recipe, together)
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.count("trained on 19 rows") == 1
     # 19 rows, 4 a step: each row once an epoch, though two processes do not divide them.
