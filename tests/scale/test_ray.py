@@ -27,6 +27,7 @@ from tests.servers import misbehaving_server
 from tests.servers.object_storage import object_storage
 from tests.servers.serve_process import command_of, empty_model, processes_with, server_at, stand_in, wait_until
 from tests.tiny_student import log_of, make_recipe, make_run, story_rows, tiny_model
+from train.run import train_run
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra `ray`"),
@@ -120,11 +121,11 @@ def vllm(variables: dict[str, str]) -> list[psutil.Process]:
 @pytest.mark.timeout(1800)
 def test_a_training_on_two_nodes_is_that_of_one_process_though_one_is_killed(tmp_path: Path) -> None:
     student = str(tiny_model(tmp_path / "student"))
-    recipe = make_recipe(student, epochs=100, lora_dropout=0, learning_rate=2e-4)
+    recipe = make_recipe(student, epochs=30, lora_dropout=0, learning_rate=2e-4)
     (tmp_path / "recipe.yaml").write_text(recipe.model_dump_json(exclude_unset=True))
     alone, together = (make_run(tmp_path / name, story_rows(21)) for name in ("alone", "together"))
     command = [sys.executable, "-m", "train", str(tmp_path / "recipe.yaml"), "--force", "--run"]
-    subprocess.run([*command, str(alone.path)], cwd=ROOT, check=True)
+    train_run(recipe, alone, force=True)
     with ray_cluster(2, blind=BLIND) as (address, nodes):
         told = tmp_path / "told.txt"
         with told.open("wb") as file:
