@@ -1,4 +1,4 @@
-"""The event loop of a stage that sends: uvloop where it is there; Ctrl-C and SIGTERM as calls in it."""
+"""The event loop of a stage that sends: uvloop where it is there; Ctrl-C, SIGTERM and a hangup as calls in it."""
 
 import asyncio
 import os
@@ -6,8 +6,10 @@ import signal
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TypeVar
 
+from pipeline.cli import hang_up
 from pipeline.errors import UsageError
 
 Result = TypeVar("Result")
@@ -28,15 +30,21 @@ os.register_at_fork(after_in_child=_leave_signals)
 
 @contextmanager
 def on_signals(handle: Callable[[], object] | None) -> Iterator[None]:
-    """Ctrl-C and SIGTERM call `handle` in the running loop; afterwards they do what they did before."""
+    """Ctrl-C, SIGTERM and a stage's hangup call `handle` in the running loop.
+
+    Afterwards they do what they did before.
+    """
     if handle is None or threading.current_thread() is not threading.main_thread():
         yield  # Python gives signals to the main thread only
         return
     loop = asyncio.get_running_loop()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    calls = {signal.SIGINT: handle, signal.SIGTERM: handle}
+    if signal.getsignal(signal.SIGHUP) is hang_up:  # not in a handler of Python: uvloop would see its SIGTERM twice
+        calls[signal.SIGHUP] = partial(hang_up, signal.SIGHUP, None)
+    before = {number: signal.getsignal(number) for number in calls}
     _taken.update(before)
-    for number in before:
-        loop.add_signal_handler(number, handle)
+    for number, call in calls.items():
+        loop.add_signal_handler(number, call)
     try:
         yield
     finally:

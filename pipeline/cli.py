@@ -25,6 +25,8 @@ from pipeline.settings_page import help_text
 
 GO_ON = "interrupted: run the same command again to go on"
 
+_hung_up = False
+
 
 def stage_parser(stage: str, description: str, *, kinds: Iterable[str] = ()) -> argparse.ArgumentParser:
     """A parser with what all stages take. Its help ends with all recipe keys.
@@ -82,7 +84,7 @@ def run_stage(main: Callable[[], None]) -> NoReturn:
             stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, _interrupt)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
-        signal.signal(signal.SIGHUP, _hang_up)
+        signal.signal(signal.SIGHUP, hang_up)
     try:
         end_with_parent()
         main()
@@ -112,13 +114,17 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _hang_up(signum: int, frame: FrameType | None) -> None:
-    """An interrupt that says nothing more on the terminal, which is gone; a log file is written to the end."""
+def hang_up(signum: int, frame: FrameType | None) -> None:
+    """As SIGTERM, but nothing more is said on the terminal, which is gone; a log file is written to the end."""
+    global _hung_up
+    if _hung_up:  # a shell and the kernel each send one
+        return
+    _hung_up = True
     for descriptor in (1, 2):
         with suppress(OSError):  # it was closed
             if stat.S_ISCHR(os.fstat(descriptor).st_mode):
                 _discard_output(descriptor)
-    raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGTERM)  # a stage may have a handler of its own, which ends it in order
 
 
 def _flush_output() -> None:

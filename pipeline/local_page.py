@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -98,21 +98,14 @@ def serve_page(build: Callable[[str], "FastAPI"], *, port: int, before: str, aft
 
 @contextmanager
 def _ending(close: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Ctrl-C, SIGTERM and a hangup close the server, unless they are ignored (nohup).
+    """Ctrl-C and SIGTERM, which a hangup becomes, close the server, unless they are ignored.
 
     The exceptions of their usual handlers might be raised in a request, and end that in place of the server.
     """
-    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-
-    def end(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGHUP and callable(before := usual[signal.SIGHUP]):
-            with suppress(KeyboardInterrupt):
-                before(number, frame)  # it turns the output off
-        close(number, frame)
-
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     taken = {number: before for number, before in usual.items() if callable(before)}
     for number in taken:
-        signal.signal(number, end)
+        signal.signal(number, close)
     try:
         yield
     finally:

@@ -171,6 +171,23 @@ def test_an_interrupt_stops_all_in_order(run: RunDir, to_all: bool) -> None:
     assert whole(run, 400)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_terminal_that_closes_loses_no_answer_in_flight(run: RunDir, processes: int) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+    try:
+        with slow(0.3) as server:  # type: ignore[attr-defined]
+            process = started(server, run, "--generate.processes", str(processes))
+            until_asked(server, 8)
+            process.send_signal(signal.SIGHUP)
+            assert process.stderr
+            assert any("stopping: a moment" in line for line in process.stderr)
+            process.send_signal(signal.SIGHUP)  # the shell sends one, and so does the kernel
+            assert finish(process)[0] == 130
+            assert len(completions(run)) == len(server.asked)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_second_interrupt_stops_all_at_once(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One interrupt alone would wait for those in flight, which are answered after 60 s."""
     (tmp_path / "sitecustomize.py").write_text("import generate.loop\ngenerate.loop.GRACE_S = 90.0\n")

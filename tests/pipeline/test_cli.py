@@ -97,6 +97,18 @@ def test_a_terminal_that_closes_interrupts() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
 
 
+def test_a_hangup_ends_a_stage_as_sigterm_does() -> None:
+    """A training, for one, has a handler of its own, which leaves a checkpoint. Shell and kernel send a hangup each."""
+    main = """def main():
+        signal.signal(signal.SIGTERM, lambda *_: print("in order", flush=True))
+        for _ in range(2):
+            signal.raise_signal(signal.SIGHUP)"""
+    hear = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)"  # the tests may run under nohup
+    *python, code = _code(main)
+    done = subprocess.run([*python, f"{hear}\n{code}"], capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"in order\n", b"")
+
+
 @pytest.mark.parametrize("run", ["s3:/bucket/path", "gs:bucket", "file:/folder"])
 def test_a_url_of_a_store_without_its_slashes_is_no_folder(run: str) -> None:
     with pytest.raises(UsageError, match=rf"^{run}: a store's URL begins with {run.split(':')[0]}://, as"):
