@@ -13,7 +13,8 @@ import json
 import os
 import re
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -29,6 +30,7 @@ from pipeline.teacher_config import TeacherConfig
 
 CONNECT_TIMEOUT_S = 10.0
 PROBE_TIMEOUT_S = 10.0
+READ_S = 1.0  # for what waits to be read when this process goes on after a pause
 MOST_BYTES = 64 << 20  # of a reply: a longer one is no answer to a chat request
 HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # RFC 9110, 5.6.2
 KEEPALIVE_S = 4.0  # vLLM closes an idle connection after 5: close first, so that none dies under a request
@@ -137,7 +139,7 @@ class Client:
         try:
             # A timeout of the transport would start again with every byte.
             async with (
-                asyncio.timeout(timeout_s),
+                _limited_to(timeout_s),
                 self._session.request(method, url, data=body, allow_redirects=False) as response,
             ):
                 blocks, size = [], 0
@@ -149,6 +151,24 @@ class Client:
                 return Reply(response.status, response.headers, b"".join(blocks))
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             return read_exception(error, timeout_s, self._words)
+
+
+@asynccontextmanager
+async def _limited_to(seconds: float) -> AsyncIterator[None]:
+    """As asyncio.timeout, but what came while this process was paused (Ctrl-Z) is read first: it is paid for."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + seconds
+    async with asyncio.timeout(None) as limit:
+
+        def expire() -> None:
+            now = loop.time()
+            limit.reschedule(now + READ_S if now > end + READ_S else now)
+
+        timer = loop.call_at(end, expire)
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 def words_of(teacher: TeacherConfig) -> Callable[[str], str]:

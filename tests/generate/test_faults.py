@@ -113,7 +113,13 @@ def test_one_request_stuck_for_ever_ends_as_a_failure_and_holds_nobody_up(run: R
     assert (failure.error, failure.slots, failure.attempts) == ("timeout", {"n": "3"}, 3)  # 1.0 + 1.0 + the 0.6 left
 
 
-def test_a_pause_of_this_process_costs_a_request_one_attempt(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("first", "attempts"), [(answer(delay_s=0.5), 1), (answer(delay_s=600), 2)], ids=["answered", "not answered"]
+)
+def test_a_pause_of_this_process_costs_no_answer_and_no_more_than_one_attempt(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, first: Behaviour, attempts: int
+) -> None:
+    """Of 3 s, in which the requests in flight pass their timeout and their deadline."""
     counted, pauses = Endpoint.count, iter([3.0])
 
     def count_late(endpoint: Endpoint) -> EndpointCounts:
@@ -121,11 +127,11 @@ def test_a_pause_of_this_process_costs_a_request_one_attempt(run: RunDir, monkey
         return counted(endpoint)
 
     monkeypatch.setattr(Endpoint, "count", count_late)
-    config = {"concurrency": 4, "request_timeout_s": 1.0, "deadline_s": 2.6}
-    with misbehaving(lambda asked: answer(delay_s=0.5)) as server:
+    config = {"concurrency": 12, "request_timeout_s": 1.0, "deadline_s": 2.6}
+    with misbehaving(lambda asked: first if asked.attempt == 1 else answer()) as server:
         summary = generate(recipe_for(server, 12, generate=config), run, quiet=True)
     assert (summary.answered, summary.failed) == (12, 0)
-    assert 12 < len(server.asked) <= 16  # those in flight were asked again
+    assert len(server.asked) == 12 * attempts
 
 
 @pytest.mark.parametrize(
