@@ -3,7 +3,7 @@
 Reads and writes the run's `batches/` (generate.batch_files) and its journals; generate.batch_api talks to the provider.
 Safe against `kill -9` at any moment: the state is on disk before and after each step, a batch that may have been
 created is looked for before it is created again, and an answer that is collected twice is written once. `batches/` says
-what is under way, so `spend.json` holds only what has ended.
+what is under way, and what of a batch's cost the journals do not say: `spend.json` has nothing of it.
 """
 
 import asyncio
@@ -302,13 +302,15 @@ class Batches:
                 await self._api.download(file_id, file)
                 outcomes |= read_output(file, self._api.words)
         self._release(chunk)
+        before = self._limit.unsaid
         for id_, outcome in outcomes.items():
             # A call that was killed while it recorded has saved what the journal does not say.
             if not chunk.collecting or (id_ in self._reserved and _is_counted(outcome)):
                 self._settle(id_, outcome, chunk)
-        self._run.budget.save()
-        chunk.collecting = True
-        self._folder.save()
+        if not chunk.collecting:
+            unsaid = self._limit.unsaid - before
+            chunk.collecting, chunk.unsaid_tokens, chunk.unsaid_cost = True, unsaid.tokens, unsaid.cost
+            self._folder.save()
         self._record(outcomes, f"batch {batch.id}", sent)
         for id_ in sent:  # of a batch that failed, or charged by a call that was killed
             self._settle(id_, None, chunk)
@@ -380,8 +382,7 @@ class Batches:
         """Counts what a request has cost; the most that it can where the provider did not count."""
         if usage.prompt_tokens is None or usage.completion_tokens is None:
             usage = Usage(prompt_tokens=reservation.prompt_tokens, completion_tokens=reservation.max_tokens)
-        self._limit.settle(reservation, usage, billed=True)
-        self._run.budget.charge(reservation, usage, journaled)
+        self._limit.settle(reservation, usage, billed=True, journaled=journaled)
 
     def _say_live(self) -> None:
         """Says which batches go on without this call."""

@@ -47,6 +47,8 @@ class Chunk(msgspec.Struct, kw_only=True):
     prompt_tokens: int = 0  # the most that its requests can have; 0: a file of an older version
     completion_tokens: int = 0  # likewise
     collecting: bool = False  # it is charged, and is being recorded, or a call was killed while it was
+    unsaid_tokens: int = 0  # then: what of its cost the journals do not say
+    unsaid_cost: int = 0  # likewise, in pico-dollars
     collected: bool = False  # all that came of it is in the journals
 
 
@@ -55,13 +57,15 @@ class State(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     chunks: list[Chunk] = []
 
 
-def under_way(path: Path) -> list[Chunk]:
-    """The chunks in a run's `batches/` that were uploaded and are not collected: each has a batch, or may have one.
-
-    Raises DataError.
-    """
+def chunks_in(path: Path) -> list[Chunk]:
+    """The chunks in a run's `batches/`. Raises DataError."""
     state = read_json(path / "state.json", State, FIX)
-    return [chunk for chunk in state.chunks if chunk.file_id and not chunk.collected] if state else []
+    return state.chunks if state else []
+
+
+def under_way(path: Path) -> list[Chunk]:
+    """The chunks there that were uploaded and are not collected: each has a batch, or may have one."""
+    return [chunk for chunk in chunks_in(path) if chunk.file_id and not chunk.collected]
 
 
 class Folder:

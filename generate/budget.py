@@ -10,7 +10,8 @@ that much more.
 Each call begins by recording what all answers in the journal have cost until now, and the price of the answers to come
 (`Account`). The record is on disk before the first request goes out, so a `kill -9` loses nothing of it: the next call
 adds the journal's new answers at the price that they had, whatever mode, model and price are now. `spend.json` and,
-with several processes, `spend-<n>.json` also hold what the journal does not say. Amounts are whole pico-dollars.
+with several processes, `spend-<n>.json` also hold what the journal does not say; `batches/` does so of batches.
+Amounts are whole pico-dollars.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,7 +20,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from generate.batch_files import Chunk, under_way
+from generate.batch_files import Chunk, chunks_in, under_way
 from generate.jobs import WHOLE, Partition
 from generate.journal import Contents, read_journal
 from generate.prices import PICO, Price, dearer_by, price_of
@@ -182,6 +183,11 @@ class Budget:
         return self._used
 
     @property
+    def unsaid(self) -> Spend:
+        """What is spent and the journal does not say; without what is in flight."""
+        return self._unsaid
+
+    @property
     def spent(self) -> Spend:
         """Of all calls, without what is in flight."""
         return self._before + self._used
@@ -237,7 +243,8 @@ def spent_in(run: RunDir, found: Contents) -> Spend:
     Batches under way count as the most that they can cost.
     """
     account = account_of(run, found, None)
-    unsaid = (read_account(file).unsaid for file in run.path.glob("spend*.json"))
+    unsaid = [read_account(file).unsaid for file in run.path.glob("spend*.json")]
+    unsaid += [Spend(chunk.unsaid_tokens, chunk.unsaid_cost) for chunk in chunks_in(run.path / "batches")]
     journaled = Spend(found.prompt_tokens + found.completion_tokens, account.journal_cost)
     return sum(unsaid, journaled) + spend_under_way(run)
 

@@ -11,6 +11,7 @@ from generate.batch_api import BatchApi
 from generate.context import Run
 from generate.dry_run import dry_run
 from generate.run import generate
+from pipeline import rundir
 from pipeline.errors import BudgetReached, DataError, DistillError
 from pipeline.lineage import read_lineage
 from pipeline.recipe import Recipe
@@ -233,6 +234,31 @@ def test_a_call_that_is_killed_while_it_records_a_batch_loses_none_of_its_cost(
     assert (whole.completed, resumed.completed) == (5, 5)
     assert resumed.cost_usd == whole.cost_usd
     assert not usage or whole.cost_usd == (2 + 6) * 6
+
+
+def test_a_call_that_is_killed_after_any_change_on_disk_costs_as_ever(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six answers of $6 each, one of them empty, which is paid and in no journal of answers."""
+
+    def outcome(id_: str, body: dict[str, Any], batch: int) -> dict[str, Any]:
+        return line(id_, body=reply("" if body["messages"][-1]["content"] == "say 5" else "four"))
+
+    copies: list[RunDir] = []
+
+    def copied(path: Path) -> None:
+        copies.append(RunDir(tmp_path / f"copy{len(copies)}"))
+        shutil.copytree(run.path, copies[-1].path)  # what a kill at this moment leaves
+
+    with fake_batches(outcome=outcome) as fake:
+        recipe = batch_recipe(fake, 6, teacher=priced(fake))
+        recipe = recipe.model_copy(update={"generate": recipe.generate.model_copy(update={"max_attempts": 1})})
+        with monkeypatch.context() as patch:
+            patch.setattr(rundir, "sync_path", copied)
+            generate(recipe, run, quiet=True)
+        found = [generate(recipe, copy, quiet=True) for copy in (run, *copies)]
+    assert len(copies) > 10
+    assert {(one.completed, one.failed, one.cost_usd) for one in found} == {(5, 1, 6 * 6)}
 
 
 async def killed(*_: object) -> None:
