@@ -161,6 +161,9 @@ def main() -> None:
     except DistillError as error:
         _tell(type(error).__name__, str(error))
         sys.exit(error.exit_code)
+    except OSError as error:  # a full disk, a folder that may not be written
+        _tell(DistillError.__name__, f"{error.filename or 'a file'}: {error.strerror or error}")
+        sys.exit(DistillError.exit_code)
 
 
 def _send_partition(recipe: Recipe, folder: RunDir, partition: Partition, retry_failures: bool, earlier: int) -> None:

@@ -153,6 +153,17 @@ def test_one_of_them_killed_ends_the_run_and_the_next_goes_on(run: RunDir) -> No
     assert whole(run, 400)
 
 
+def test_what_the_disk_does_not_take_is_one_line(run: RunDir) -> None:
+    blocked = run.path / "spend-0.json.tmp"
+    blocked.mkdir(parents=True)
+    with slow() as server:  # type: ignore[attr-defined]
+        code, _, err = finish(started(server, run))
+        assert (code, err) == (1, f"error: {blocked}: Is a directory\n")
+        blocked.rmdir()
+        assert finish(started(server, run))[0] == 0
+    assert whole(run, 400)
+
+
 @pytest.mark.parametrize("to_all", [False, True], ids=["Ctrl-C", "SIGTERM to every process"])
 def test_an_interrupt_stops_all_in_order(run: RunDir, to_all: bool) -> None:
     with slow() as server:  # type: ignore[attr-defined]
