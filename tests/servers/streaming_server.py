@@ -47,7 +47,7 @@ def endless(left: threading.Event) -> Behaviour:
         await response.prepare(request)
         try:
             while True:
-                await response.write(b'data: {"choices": [{"delta": {"content": "more "}}]}\n\n')
+                await response.write(b'data: {"choices": [{"delta": {"content": "%s"}}]}\n\n' % (b"more " * 20))
                 await asyncio.sleep(0.02)
         except (ConnectionResetError, asyncio.CancelledError):
             left.set()
