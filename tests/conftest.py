@@ -5,6 +5,7 @@ from collections.abc import Generator, Iterator
 from subprocess import CalledProcessError
 from typing import Any
 
+import hypothesis
 import pytest
 
 from pipeline.serve_config import ServeConfig
@@ -16,6 +17,9 @@ START_TIMEOUT_S = 900  # a first start on a busy machine
 # A shell starts what runs in its background with Ctrl-C ignored, and children inherit that: tests that interrupt a
 # child would wait forever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # an example may take longer on a busy machine
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.hookimpl(tryfirst=True)

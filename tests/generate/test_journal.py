@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from generate.idset import FULL, WIDTH, IdSet
@@ -37,7 +37,6 @@ def test_what_is_written_is_found_again(tmp_path: Path) -> None:
     assert (found.models, found.prompt_tokens, found.completion_tokens) == ({"m": 3}, 6, 9)
 
 
-@settings(deadline=None)
 @given(texts=st.lists(st.text(max_size=40), min_size=1, max_size=6), data=st.data())
 def test_cut_at_any_byte_it_goes_on_with_every_whole_line(texts: list[str], data: st.DataObject) -> None:
     lines = [encode_line(completion(str(number), text)) for number, text in enumerate(texts)]
