@@ -77,7 +77,7 @@ def start_in_terminal(command: list[str]) -> "tuple[subprocess.Popen[bytes], int
 
 
 def wait_until(holds: Callable[[], bool], said: list[bytes]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 100
     while not holds():
         assert time.monotonic() < deadline, b"".join(said).decode()
         time.sleep(0.02)
