@@ -28,7 +28,8 @@ LONGEST_CELL = 16 << 20  # characters of a CSV cell: a longer one is a quote tha
 ROWS_AT_ONCE = 256  # of Parquet
 ACCEPTED = (
     'accepted are JSONL in UTF-8, one {"messages": […]} or {"prompt": "…"} per line, .csv, .tsv, .parquet, a folder '
-    "saved by `datasets`, hub:<owner>/<name>, and a .py file with a function rows()"
+    "saved by `datasets`, hub:<owner>/<name>, and a .py file with a function rows(); unpack a .gz or .zst first, and "
+    "save an .xlsx as .csv"
 )
 TOO_DEEP = "a value is nested too deeply; make it flatter, or text"
 HALF_PAIR = "half of a surrogate pair, which UTF-8 cannot write; remove it"

@@ -3,6 +3,7 @@
 import csv
 import datetime
 import decimal
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -334,6 +335,7 @@ def test_two_columns_of_one_name_are_refused_in_parquet_too(tmp_path: Path) -> N
             "0xe9 in position 3: invalid continuation byte; save it as CSV UTF-8",
         ),
         ("p.csv", "", {}, "p.csv: no prompts in it"),
+        ("p.csv.gz", gzip.compress(b"prompt\na\n"), {}, "unpack a .gz or .zst first"),
         ("p.csv", "question,gold\na,b\n", {}, "p.csv:2: give either `messages` or `prompt`, or name its column"),
         ("p.csv", "question,gold\na,b\n", {"columns": {"prompt": "qestion"}}, "p.csv:2: no column 'qestion', which"),
         (
