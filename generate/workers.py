@@ -28,7 +28,7 @@ from generate.event_loop import on_signals, run_loop
 from generate.jobs import WHOLE, Partition
 from generate.progress import Counters
 from generate.servers import opened_loop
-from pipeline.errors import AllRefused, BudgetReached, DistillError, by_name
+from pipeline.errors import AllRefused, BudgetReached, DistillError, by_name, file_error
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
 
@@ -162,7 +162,7 @@ def main() -> None:
         _tell(type(error).__name__, str(error))
         sys.exit(error.exit_code)
     except OSError as error:  # a full disk, a folder that may not be written
-        _tell(DistillError.__name__, f"{error.filename or 'a file'}: {error.strerror or error}")
+        _tell(DistillError.__name__, file_error(error))
         sys.exit(DistillError.exit_code)
 
 

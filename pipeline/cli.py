@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from pipeline.address import is_in_store
 from pipeline.child import end_with_parent
-from pipeline.errors import INTERRUPTED, DistillError, UsageError
+from pipeline.errors import INTERRUPTED, DistillError, UsageError, file_error
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.rundir import RunDir
 from pipeline.settings_page import help_text
@@ -104,8 +104,7 @@ def run_stage(main: Callable[[], None]) -> NoReturn:
             _flush_output()
         except OSError:  # it was this
             _discard_output(1)
-        where = error.filename2 or error.filename or "standard output or a file"  # of a copy, its target
-        print(f"error: {where}: {error.strerror or error}", file=sys.stderr)
+        print(f"error: {file_error(error, 'standard output or a file')}", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)
 

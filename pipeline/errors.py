@@ -68,3 +68,8 @@ def by_name(kind: str, message: str) -> DistillError:
 def first_line(error: BaseException | str) -> str:
     """The first line of another package's message; the name of the error if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def file_error(error: OSError, unnamed: str = "a file") -> str:
+    """Which file could not be read or written, and why. Of a copy it is the target; `unnamed`: where none is named."""
+    return f"{error.filename2 or error.filename or unnamed}: {error.strerror or error}"

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from pipeline.errors import DistillError, UsageError
+from pipeline.errors import DistillError, UsageError, file_error
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -48,7 +48,7 @@ def page_app(page: Path, token: str) -> "FastAPI":
     @app.exception_handler(OSError)
     async def tell(_: Request, error: OSError) -> PlainTextResponse:
         """A full disk is one line here, too; the page shows that something is wrong."""
-        said = f"{error.filename or 'a file'}: {error.strerror or error}"
+        said = file_error(error)
         print(f"error: {said}", file=sys.stderr)
         return PlainTextResponse(said, status_code=507)
 
