@@ -19,8 +19,9 @@ BEFORE = (
     r"(?:_|[^\w\"“”„«»「」『』'‘’])*(?:[\"“„«「『](?=[^\"“”»」』]*[\"“”»」』]?\s*\Z))?"
     r"(?:안녕하세요[^\n.!?]{0,20}[!,.]\s*)?"
 )
-NARRATED = r"[^\n.!?“”\"「『]"  # a character of a sentence that nobody in a story says
-SAID = re.compile(r"(?<=.)(?:“[^“”\n]*”|「[^「」\n]*」|『[^『』\n]*』|\"[^\"\n]*\")", re.DOTALL)  # no closing remark
+NARRATED = r"[^\n.!?“”\"「『]"  # a character of a sentence that is in no quotes
+# What somebody in a story says, which is no closing remark; not an answer that is in quotes as a whole.
+SAID = re.compile(r"(?<=.)(?:“[^“”\n]*”|「[^「」\n]*」|『[^『』\n]*』|\"[^\"\n]*\")", re.DOTALL)
 # A refusal says that the speaker cannot help or answer. Who cannot find an order number asks for it.
 SORRY = (
     r"(?:i(?: am|['’]m) (?:\w+ )?(?:sorry|afraid)|(?:my )?apologies|i apologi[sz]e|sorry|unfortunately)"

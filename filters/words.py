@@ -44,8 +44,8 @@ def whole_word(word: str, *, ignore_case: bool = False, endings: bool = False) -
     if not re.search(r"\w$", word):
         return re.compile(alone, flags)
     english = _AFTER_ENGLISH if endings and not _HANGUL.match(word[-1]) else ""
-    copula, other = (_COPULA, _NEVER_AFTER_CONSONANT) if _ends_in_consonant(word) else (_COPULA_AFTER_VOWEL, "")
-    return re.compile(f"{alone}{english}{other}(?:{_SEVERAL}|(?:{copula})[가-힣]{{0,5}})(?!{_SPACED})", flags)
+    copula, never = (_COPULA, _NEVER_AFTER_CONSONANT) if _ends_in_consonant(word) else (_COPULA_AFTER_VOWEL, "")
+    return re.compile(f"{alone}{english}{never}(?:{_SEVERAL}|(?:{copula})[가-힣]{{0,5}})(?!{_SPACED})", flags)
 
 
 def _ends_in_consonant(word: str) -> bool:

@@ -47,7 +47,7 @@ class Chunk(msgspec.Struct, kw_only=True):
     prompt_tokens: int = 0  # the most that its requests can have; 0: a file of an older version
     completion_tokens: int = 0  # likewise
     collecting: bool = False  # it is charged, and is being recorded, or a call was killed while it was
-    unsaid_tokens: int = 0  # then: what of its cost the journals do not say
+    unsaid_tokens: int = 0  # from then on: the part of its cost that the journals do not say
     unsaid_cost: int = 0  # likewise, in pico-dollars
     collected: bool = False  # all that came of it is in the journals
 

@@ -48,7 +48,7 @@ class Endpoint:
         self._probe_at = 0.0  # when it is down
         self._probe_sent: float | None = None  # the probe in flight
         self._failing: set[str] = set()  # requests that failed since the last answer
-        self._overload = 0.0  # 503s and 529s beyond the answers
+        self._overload = 0.0  # how many more 503s and 529s came than answers, from 0 on
         self._steps, self._stepped_at = 0, float("-inf")  # of the backoff since the last answer
 
     @property

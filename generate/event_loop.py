@@ -30,7 +30,7 @@ os.register_at_fork(after_in_child=_leave_signals)
 
 @contextmanager
 def on_signals(handle: Callable[[], object] | None) -> Iterator[None]:
-    """Ctrl-C, SIGTERM and a stage's hangup call `handle` in the running loop.
+    """Ctrl-C and SIGTERM call `handle` in the running loop, and so does a hangup, which a stage takes for a SIGTERM.
 
     Afterwards they do what they did before.
     """
@@ -39,7 +39,8 @@ def on_signals(handle: Callable[[], object] | None) -> Iterator[None]:
         return
     loop = asyncio.get_running_loop()
     calls = {signal.SIGINT: handle, signal.SIGTERM: handle}
-    if signal.getsignal(signal.SIGHUP) is hang_up:  # not in a handler of Python: uvloop would see its SIGTERM twice
+    if signal.getsignal(signal.SIGHUP) is hang_up:
+        # A call of the loop, too: uvloop would hear the SIGTERM twice that Python's own handler raises.
         calls[signal.SIGHUP] = partial(hang_up, signal.SIGHUP, None)
     before = {number: signal.getsignal(number) for number in calls}
     _taken.update(before)

@@ -25,8 +25,10 @@ MESSAGE_CHARS = 1000  # of a server's words, kept in an error
 BROKEN_OFF = ("error", "abort", "insufficient_system_resource", "network_error")
 # A filter cut it: OpenAI's, which Gemini gives with a cause behind a colon; and, through gateways, Gemini's own,
 # Anthropic's (`refusal`), Bedrock's and Zhipu's (`sensitive`).
-FILTERED = {"content_filter", "safety", "recitation", "prohibited_content", "blocklist", "spii", "sensitive"}
-FILTERED |= {"refusal", "content_filtered", "guardrail_intervened"}
+FILTERED = (
+    *("content_filter", "safety", "recitation", "prohibited_content", "blocklist", "spii", "sensitive"),
+    *("refusal", "content_filtered", "guardrail_intervened"),
+)
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # what could move the cursor of a terminal, or worse
 GATEWAY_TIMEOUTS = (504, 524)  # the server behind it may go on
 QUOTA_CODES = ("insufficient_quota", "billing_hard_limit_reached")  # a 429 that no waiting heals

@@ -25,7 +25,8 @@ _THOUSANDS = re.compile(  # none in the pair `(100,200)` and the set `\{100,200\
     rf"|(?<=[(\[]){_GROUPS}(?=\s*(?:[-+*/×÷^]|\\times|\\cdot|\\div))"
 )
 _EMPHASIS = re.compile(r"(?<![\w)\]}^*\\])(\*{1,3})(?=\S)(.+?)(?<=[^\s*])\1(?![\w(*])")  # none in 3*4 and 2**3
-_NO_PART = str.maketrans("０１２３４５６７８９", "0123456789", '`"“”„‟«»‹›‘‚€£¥₩₹')  # not ’, which is also a prime
+# Wide digits become plain ones, and what is no part of a value goes. ’ stays, as it is also a prime.
+_PLAIN_SIGNS = str.maketrans("０１２３４５６７８９", "0123456789", '`"“”„‟«»‹›‘‚€£¥₩₹')
 _CHOSEN = re.compile(r"(?:\A|(?<=답[:은])|(?<=답[:은] ))[①-⑳](?! ?\d)")  # 정답: ③
 _ROOT = re.compile(r"√ ?(?:(\d+(?:\.\d+)?)|\(([^()]*)\))")
 _PI = re.compile(r"(?<=\d) ?pi\b")
@@ -74,7 +75,10 @@ def value_alone(text: str) -> str:
 
 
 def value_within(text: str) -> str:
-    """A text without what follows its stated answer, from which math-verify would take a value; `16π` as LaTeX."""
+    """A text up to the answer that it states, if it states one: math-verify would take a value from what follows.
+
+    `16π` becomes LaTeX, and `3:2` a fraction.
+    """
     text = _RATIO.sub(r"\1/\3", _plain(text))
     if not _LATEX.search(text):
         text = _SYMBOLIC.sub(r"$\g<0>$", text)
@@ -87,7 +91,7 @@ def _plain(text: str) -> str:
 
     That is `1.5e3` as 1500, `1 1/2` as 3/2 and `10\,500` as 10500: it would read 1.5, 1 and 10 times 500.
     """
-    text = _EMPHASIS.sub(r"\2", plain(text).translate(_NO_PART))
+    text = _EMPHASIS.sub(r"\2", plain(text).translate(_PLAIN_SIGNS))
     text = _UNIT.sub("", as_one_number(text).replace("\\$", ""))
     text = _CHOSEN.sub(lambda match: f"{unicodedata.numeric(match[0]):.0f}", _PI.sub("π", text))
     text = _ROOT.sub(lambda match: f"\\sqrt{{{match[1] or match[2]}}}", text)

@@ -37,6 +37,7 @@ _UNITS = [
     (re.compile(rf"{_ALONE}({_DIGITS}) ?(?:{large}){_AND}({_DIGITS}) ?({small})(?![A-Za-z²³^/])"), factor)
     for large, small, factor in _COMPOUNDS
 ]
+# Most texts have no two units together: one search in place of seven.
 _ANY_UNIT = re.compile(rf"\d ?(?:{'|'.join(large for large, _, _ in _COMPOUNDS)}){_AND}\d")
 _PRODUCT = re.compile(rf"({_DIGITS})( ?[^\W\d_]{{0,4}}) ?\(({_DIGITS}) ?[×x*] ?({_DIGITS})\)")  # 42 (6 × 7)
 _BELOW_ZERO = re.compile(r"영하 ?(?=\d)")
