@@ -145,7 +145,7 @@ def run_program(program: str, tests: list[str], settings: PythonSettings) -> dic
 
 
 def _start(asked: str, settings: PythonSettings) -> tuple[bytes, int]:
-    """What the process said, at most _REPLY bytes, and its exit status."""
+    """What the process said, at most _REPLY bytes, and its exit status. Raises Unverified if another one killed it."""
     command = [*(settings.command or [sys.executable]), "-I", "-B", *([] if settings.site_packages else ["-S"])]
     environment = {name: os.environ[name] for name in _FOR_COMMANDS if name in os.environ} if settings.command else {}
     with tempfile.TemporaryDirectory(prefix="verify-") as folder, tempfile.TemporaryFile() as request:
@@ -168,7 +168,9 @@ def _start(asked: str, settings: PythonSettings) -> tuple[bytes, int]:
             said, deadline = b"", time.monotonic() + settings.seconds + _GRACE_S
             while len(said) < _REPLY and wait([output.fileno()], deadline - time.monotonic()):
                 if not (piece := os.read(output.fileno(), _REPLY)):
-                    return said, process.wait()
+                    if (status := process.wait()) < 0:
+                        raise Unverified("the sandbox was killed")
+                    return said, status
                 said += piece
             os.killpg(process.pid, signal.SIGKILL)
             return said, process.wait()

@@ -5,10 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from pydantic import ValidationError
 
@@ -192,6 +194,18 @@ def test_nothing_stays(settings: RuleSettings, tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == []
     running = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if os.access(path, os.R_OK)]
     assert not any(TAG.encode() in command for command in running)
+
+
+def test_a_sandbox_that_is_killed_says_nothing_of_the_answer(settings: RuleSettings) -> None:
+    def kill_it() -> None:
+        while not (started := [child for child in psutil.Process().children() if child.children()]):
+            time.sleep(0.01)
+        started[0].kill()
+
+    killer = threading.Thread(target=kill_it)
+    killer.start()
+    assert said("import time; time.sleep(2)", settings).startswith("unverified python: the sandbox was killed")
+    killer.join()
 
 
 def test_what_starts_it_may_be_a_container(capfd: pytest.CaptureFixture[str]) -> None:
