@@ -9,6 +9,7 @@ where the model ends them, so their lengths differ: the figure is tokens per sec
 """
 
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -42,6 +43,7 @@ from serve.server import Server, free_port, serving
 
 GONE_S = 5.0  # a server of ours that takes no requests for so long has ended: nobody starts it again
 EXIT_S = 5.0  # for a server that stopped answering to exit
+CLOCK_SET_S = 0.1  # that the machine's clock gained or lost in a burst: somebody has set it
 WARM_UP_REQUESTS = 8
 WARM_UP_TOKENS = 8
 QUESTIONS = "questions.jsonl"  # in a folder: what is asked
@@ -118,11 +120,18 @@ def _bursts(recipe: Recipe, folder: Path, prompts: Sequence[Prompt], start: int)
     wanted, bursts = recipe.evaluate, []
     for number in range(wanted.speed_repeats):
         questions = _cycle(prompts, start + number * wanted.speed_requests, wanted.speed_requests)
-        own = folder / f"timed-{number + 1}"
+        own, ahead = folder / f"timed-{number + 1}", _clock_ahead()
         done = ask_prompts(recipe, own, questions)
-        seconds = _seconds_of(list(read_jsonl(RunDir(own).completions, Completion))) or done.wall_s
+        seconds = _seconds_of(list(read_jsonl(RunDir(own).completions, Completion)))
+        if not seconds or abs(_clock_ahead() - ahead) > CLOCK_SET_S:
+            seconds = done.wall_s
         bursts.append(Burst(done.requests, done.failed, done.completion_tokens, seconds, name_machine()))
     return bursts
+
+
+def _clock_ahead() -> float:
+    """How far the machine's clock, which can be set, is ahead of one that cannot."""
+    return time.time() - time.monotonic()
 
 
 def _seconds_of(answers: Sequence[Completion]) -> float:

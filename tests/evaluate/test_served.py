@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 from aiohttp import web
 
 import evaluate.measure.serving
+import generate.jobs as generate_jobs
 from evaluate.measure.results import answer_row
 from evaluate.measure.serving import (
     answer_probes,
@@ -239,6 +242,27 @@ def test_a_server_that_dies_while_it_is_asked_is_not_waited_for(
         ):
             answer_questions(with_server(recipe, ours), folder, PROBES, PROBES, PROBES)
     assert waits == {0.5}  # and not the recipe's, which is for a server that somebody may start again
+
+
+def test_a_clock_that_is_set_during_a_timing_changes_no_speed(
+    tmp_path: Path, recipe: Recipe, started: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def by_another_clock(*given: Any, **options: Any) -> Any:
+        return msgspec.structs.replace(generate(*given, **options), wall_s=99.0)
+
+    def clock() -> float:
+        return time.time() + (3600 if len(server.asked) > 6 else 0)  # an hour on, in the first of two timings
+
+    times = SimpleNamespace(time=clock, monotonic=time.monotonic)
+    monkeypatch.setattr(evaluate.measure.serving, "generate", by_another_clock)
+    monkeypatch.setattr(evaluate.measure.serving, "time", times, raising=False)
+    monkeypatch.setattr(generate_jobs, "_now", lambda: datetime.fromtimestamp(clock(), UTC).isoformat())
+    subject = Subject("teacher", "teacher", "reference", tmp_path / "model")
+    with misbehaving(lambda asked: answer(delay_s=0.01)) as server:
+        started(server)
+        with serve_subject(recipe, RunDir(tmp_path), subject) as (at, folder):
+            first, second = answer_questions(with_server(recipe, at), folder, PROBES, PROBES, PROBES[:3]).bursts
+    assert first.wall_s == 99 and 0.03 < second.wall_s < 99
 
 
 def test_questions_are_answered_greedily_and_timed_as_long_as_they_come(
