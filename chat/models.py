@@ -1,5 +1,6 @@
 """The models that are asked, and the servers that they need: one that runs already is used, another is started."""
 
+import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -143,7 +144,7 @@ def _start(model: Model, run: RunDir, count: int, servers: ExitStack, stopping: 
         return
     recipe = model.recipe
     served_name = recipe.teacher.model if model.key == TEACHER else model.name
-    log = run.path / f"chat-{model.name}.log"
+    log = run.path / f"chat-{model.name}.log" if os.access(run.path, os.W_OK) else None  # of a run that is only read
     try:
         model.said = "preparing its weights"
         reference = reference_of(recipe, run, model.key)

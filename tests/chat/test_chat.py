@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import os
 import threading
 import time
 from contextlib import aclosing
@@ -205,6 +206,25 @@ def test_a_server_that_cannot_start_is_said_by_its_model(tmp_path: Path) -> None
     models = choose_models(recipe, RunDir(tmp_path), [BEFORE])
     with chat.models.starting(models, RunDir(tmp_path)), pytest.raises(DistillError, match="is not there"):
         hear(models[0], "hello")
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_a_run_that_can_only_be_read_keeps_no_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writable: bool
+) -> None:
+    logs = list[Path | None]()
+
+    def serving(*_: Any, log: Path | None, **__: Any) -> Any:
+        logs.append(log)
+        raise DistillError("no server")
+
+    monkeypatch.setattr(os, "access", lambda path, mode: writable or path != tmp_path)
+    monkeypatch.setattr(chat.models, "serving", serving)
+    monkeypatch.setattr(chat.models, "reference_of", lambda *_: "folder")
+    model = Model(AFTER, "student after", recipe_for("http://127.0.0.1:1/v1"))
+    with starting([model], RunDir(tmp_path)), pytest.raises(DistillError, match="no server"):
+        hear(model, "hello")
+    assert logs == [tmp_path / "chat-student.log" if writable else None]
 
 
 def test_several_servers_share_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
