@@ -15,7 +15,7 @@ from chain.stages import REQUESTS_FAILED, judges, stage, teacher, teaches
 from evaluate.figures.accuracy import verify_rules
 from evaluate.measure.lm_eval import find_command
 from evaluate.measure.probes import check_category, read_probes
-from evaluate.models import never_asked, weights_elsewhere
+from evaluate.models import check_models, never_asked, weights_elsewhere
 from filters.duplicates import dedup_sources
 from filters.run import recipe_rules
 from generate.prompts import iter_prompts
@@ -99,7 +99,11 @@ def run_stages(recipe: Recipe, run: RunDir, options: Namespace, *, asks: bool) -
 
 
 def check_files(recipe: Recipe, run: RunDir, recipe_path: Path) -> None:
-    """Raises RecipeError or DataError if a file that the filters or the evaluation read cannot be read."""
+    """Raises RecipeError or DataError if a file that the filters or the evaluation read cannot be read.
+
+    UsageError, too, if the report's other models are not there.
+    """
+    check_models(recipe)
     if recipe.filters.dedup:
         with ExitStack() as stack:
             dedup_sources(recipe.filters.dedup, run, recipe_path, stack)

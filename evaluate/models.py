@@ -23,7 +23,7 @@ from pipeline.address import is_loopback
 from pipeline.errors import DistillError
 from pipeline.instructions import asked_of_student, told_to_teacher
 from pipeline.lineage import read_lineage, taught_by
-from pipeline.models import PREFIX, explained, is_path, model_folder
+from pipeline.models import PREFIX, embedded_folder, explained, is_path, model_folder
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, Prompt
 from pipeline.resources import GIB, half_dtype, read_or_empty
@@ -82,6 +82,18 @@ def as_asked(recipe: Recipe, subject: Subject, asked: Sequence[Asked], *, told: 
         for one in asked
     ]
     return [msgspec.structs.replace(one, messages=own) for one, own in zip(asked, turns, strict=True)]
+
+
+def check_models(recipe: Recipe) -> None:
+    """Raises UsageError or RecipeError if a model of `evaluate.models` is not there; the Hub's are not fetched yet."""
+    for reference in recipe.evaluate.models:
+        if is_path(reference):
+            _other("", reference)
+        elif embedded_folder(reference) is None:
+            from transformers import AutoConfig
+
+            with explained(f"evaluate.models {reference}: no such folder, and no such model of the Hub"):
+                AutoConfig.from_pretrained(reference)
 
 
 def _other(key: str, reference: str) -> Subject:

@@ -202,6 +202,8 @@ def test_what_cannot_be_trained_is_told_before_anything_is_asked(
             "cannot load the tokenizer of org/mistyped",
         ),
         (["--train.test_rows", "none.jsonl"], "train.test_rows none.jsonl: no such file"),
+        (["--evaluate.models", "[/no/such/model]"], "model /no/such/model: the folder is not there"),
+        (["--evaluate.models", "[runs/mistyped]"], "evaluate.models runs/mistyped: no such folder, and no such model"),
         (["--evaluate.probes_file", "none.jsonl"], "evaluate.probes_file none.jsonl: No such file"),
         (
             ["--evaluate.verify", '[{"rule": "choice", "labels": ["a"]}]', "--evaluate.category", "charakter"],
