@@ -44,7 +44,7 @@ from pipeline.records import (
     question_text,
     read_jsonl,
 )
-from pipeline.rundir import RunDir, replacing, write_jsonl
+from pipeline.rundir import CHAIN_LOCK, RunDir, replacing, write_jsonl
 from pipeline.teacher_config import TeacherConfig
 from pipeline.turns_and_tools import Turn
 from train.checks.before import check_followed
@@ -75,7 +75,8 @@ class Setup:
                 f"{self.path}: changed since the experiment began, so its arms would differ in more than they should; "
                 "the same command goes on, and does again what the change touches"
             )
-        return stage(name, run, self.path, [*self.flags, *flags])
+        with run.locked(new=True, name=CHAIN_LOCK):  # as of a chain: the stage waits for one that was started by hand
+            return stage(name, run, self.path, [*self.flags, *flags])
 
     def rows(self, run: RunDir) -> Sequence[Kept]:
         """The kept rows of a run that arms are made from."""

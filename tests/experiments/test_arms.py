@@ -2,7 +2,9 @@
 
 import json
 import os
+import time
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ from experiments.__main__ import share_measurements
 from experiments.arms import EXPERIMENTS, Arm, Setup, _other_teacher
 from pipeline.errors import UsageError
 from pipeline.recipe import load_recipe
-from pipeline.records import Kept, Prompt, encode_line, read_jsonl
+from pipeline.records import Completion, Kept, Prompt, encode_line, read_jsonl
 from pipeline.rundir import RunDir, write_jsonl
 from pipeline.section import PriceConfig
+from tests.completion_fields import completion_fields
 from tests.tiny_student import kept_row, make_run, story_rows
 from train.rows import read_parts
 
@@ -139,6 +142,22 @@ def test_the_other_teacher_has_its_own_price_and_at_its_url_nothing_of_the_first
     headers = recipe.teacher.model_copy(update={"headers": {"x-org": "a"}})
     with pytest.raises(UsageError, match=r"--b-url https://b: teacher\.headers and teacher\.query are"):
         _other_teacher(headers, Namespace(**{**given, "b_url": "https://b"}))
+
+
+def test_a_stage_waits_for_one_that_was_started_by_hand(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path, run = tmp_path / "recipe.yaml", RunDir(tmp_path / "run")
+    path.write_text(json.dumps({"name": "x", "teacher": {"model": "t"}, "prompts": {"template": "Hi", "count": 1}}))
+    run.path.mkdir()
+    run.completions.write_bytes(encode_line(Completion(**completion_fields("one", "An answer."))))
+    setup, said = Setup(load_recipe(path), path, [], run, tmp_path, Namespace(), path.read_bytes()), ""
+    with ThreadPoolExecutor() as pool:
+        with run.locked():
+            filtered = pool.submit(setup.stage, "filters", run)
+            while "waiting up to 60 s for it" not in said and not filtered.done():
+                said += capfd.readouterr().err
+                time.sleep(0.05)
+        assert filtered.result() == 0
+    assert run.kept.is_file()
 
 
 def test_arms_share_the_newest_measurements_but_not_another_teachers(tmp_path: Path) -> None:
