@@ -73,7 +73,8 @@ class _Workers:
         if self._interrupted:
             return KeyboardInterrupt()
         if code := next(filter(None, ends), 0):
-            return DistillError(f"a process of this run ended with {code}; run the same command again")
+            how = "was killed (out of memory?)" if code == -signal.SIGKILL else f"ended with {code}"
+            return DistillError(f"a process of this run {how}; run the same command again")
         return None
 
     def interrupt(self) -> None:
