@@ -32,13 +32,15 @@ class Answered(msgspec.Struct, frozen=True, kw_only=True):
     first_token_s: float
     tokens_per_s: float  # over the whole answer, as in the report
     cost: str  # in words
+    replaced: bool  # whether the student was trained again since the chat began
 
     @property
     def figures(self) -> str:
         """What is shown under the answer, in one line."""
         cut = ", cut off at sampling.max_tokens" if self.finish_reason == "length" else ""
         speed = f"{self.tokens_per_s:.1f} tokens/s, first after {self.first_token_s:.2f} s"
-        return f"{self.tokens} tokens, {speed}, {self.cost}{cut}"
+        old = "; the student was trained again meanwhile: start the chat again to ask the new one" * self.replaced
+        return f"{self.tokens} tokens, {speed}, {self.cost}{cut}{old}"
 
 
 async def answer(model: Model, conversation: Sequence[Message], turn: asyncio.Lock) -> AsyncGenerator[str | Answered]:
@@ -89,6 +91,7 @@ def _whole(heard: Heard, model: Model, begin: float) -> Answered:
         first_token_s=(heard.first or end) - begin,
         tokens_per_s=heard.tokens / max(end - begin, MINIMUM_WALL_S),
         cost=_cost(model, heard.usage),
+        replaced=model.replaced,
     )
 
 

@@ -6,10 +6,12 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from generate.dialect import Dialect
 from generate.targets import urls_now
+from pipeline.adapters import stamp_files
 from pipeline.address import is_loopback, is_port_open
 from pipeline.errors import DistillError, UsageError
 from pipeline.instructions import asked_of_student, told_in_words
@@ -40,6 +42,16 @@ class Model:
     said: str = "waits for its server"  # while it is not ready
     server: Server | None = None  # if it was started here
     dialect: Dialect = field(default_factory=Dialect)
+    folder: Path | None = None  # of the student after training: where the run has it
+    stamps: list[str] = field(init=False)  # of its files, when the chat began
+
+    def __post_init__(self) -> None:
+        self.stamps = stamp_files(self.folder) if self.folder else []
+
+    @property
+    def replaced(self) -> bool:
+        """Whether the run has another student than the one that is asked: it was trained again meanwhile."""
+        return self.folder is not None and stamp_files(self.folder) != self.stamps
 
     @property
     def name(self) -> str:
@@ -75,7 +87,8 @@ def choose_models(recipe: Recipe, run: RunDir, keys: Sequence[str]) -> list[Mode
     """
     if AFTER in keys:
         check_trained(recipe, run)
-    models = [Model(key, LABELS[key], recipe) for key in LABELS if key in keys]
+    folders = {AFTER: run.student}
+    models = [Model(key, LABELS[key], recipe, folder=folders.get(key)) for key in LABELS if key in keys]
     for model in models:
         if model.key == TEACHER:
             found = next((url for url in urls_now(recipe.teacher) if not is_loopback(url) or is_port_open(url)), None)

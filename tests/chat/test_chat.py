@@ -208,6 +208,20 @@ def test_a_server_that_cannot_start_is_said_by_its_model(tmp_path: Path) -> None
         hear(models[0], "hello")
 
 
+def test_an_answer_says_that_its_student_was_trained_again_since(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.student.mkdir()
+    (run.student / "config.json").write_text("{}")
+    with misbehaving(lambda asked: streaming("Yes.")) as server:
+        (model,) = choose_models(recipe_for("http://127.0.0.1:1/v1", student={"model": "s"}), run, [AFTER])
+        model.at(server.url)
+        before = hear(model, "hello")[1].figures
+        (run.student / "config.json").write_text('{"trained": "again"}')
+        after = hear(model, "hello")[1].figures
+    assert "trained again" not in before
+    assert after.endswith("; the student was trained again meanwhile: start the chat again to ask the new one")
+
+
 @pytest.mark.parametrize("writable", [True, False])
 def test_a_run_that_can_only_be_read_keeps_no_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writable: bool
