@@ -3,6 +3,7 @@ r"""What a verifier takes out of an answer (a fenced block, a number, \boxed{…
 import json
 import math
 import re
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from pydantic import Field, ValidationInfo
 from filters.answer import Answer, RuleSettings
 from filters.verify.guard import Unreadable, Unverified
 
-_FENCE = re.compile(
-    r"^[ \t]*(`{3,}|~{3,}(?=\w))[ \t]*([\w+-]*)[^\n`]*\n(.*?)(?:^[ \t]*\1|\1[ \t]*$|\Z)", re.DOTALL | re.MULTILINE
+_FENCE = re.compile(  # words may stand before an opening ```: Here it is: ```python
+    r"^(?:[ \t]*|(?:[^\n`]|(?<!`)`(?!`))*(?=`{3,}[\w+-]*[ \t]*$))(`{3,}|~{3,}(?=\w))[ \t]*([\w+-]*)[^\n`]*\n"
+    r"(.*?)(?:^[ \t]*\1|\1[ \t]*$|\Z)",
+    re.DOTALL | re.MULTILINE,
 )
 _NUMBER = re.compile(
     r"(?:(?<![\w.])[-+]|(?<![\w.$])[-+]\\?[$€£¥₩₹])?"  # -5, -$5, but no sign in 3-5, $3-$5 and $3$-$5$
@@ -60,18 +63,23 @@ def fenced_block(text: str, *languages: str) -> str:
 
     A block of ``` may lack its end, and a text its beginning. A text that is one line may hold both, and a language.
     """
-    text = text.strip()
-    blocks = [(match[2].lower(), match[3]) for match in _FENCE.finditer(text)]
+    bare = text.strip()
+    blocks = [(match[2].lower(), match[3]) for match in _FENCE.finditer(bare)]
     named = [block for language, block in blocks if language in languages]
     if blocks:
-        return (named or [blocks[0][1]])[0].strip()
-    if text.endswith("```"):
-        text = text.removesuffix("```").strip()
+        return _flush_left((named or [blocks[0][1]])[0])
+    if bare.endswith("```"):
+        text = bare.removesuffix("```").strip()
         if text.startswith("```"):
             text = text.removeprefix("```").strip()
             language, _, rest = text.partition(" ")
             text = rest if language.lower() in languages else text
-    return text.strip()
+    return _flush_left(text)
+
+
+def _flush_left(text: str) -> str:
+    """A text without what indents all its lines, as in an item of a list, and without blank lines around it."""
+    return (textwrap.dedent(text) if text.lstrip("\r\n").startswith((" ", "\t")) else text).strip()
 
 
 def plain(text: str) -> str:

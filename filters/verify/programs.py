@@ -107,7 +107,7 @@ def missing_layers(command: tuple[str, ...], site_packages: bool) -> list[str]:
 def python(answer: Answer, settings: PythonSettings) -> Verified:
     """Drops an answer whose program does not pass its tests. The score is the share of them that pass."""
     tests = settings.tests_of(answer)
-    done = run_program(fenced_block(answer.text, "python", "py", "python3"), tests, settings)
+    done = run_program(fenced_block(answer.text, "python", "py", "python3", "py3"), tests, settings)
     if "what" in done:
         return Verified(Reason(rule="python", what=done["what"], found=done["error"]))
     passed, share = done["passed"], done["passed"] / len(tests)

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import textwrap
 import time
 from datetime import date
 from typing import Any
@@ -385,6 +386,16 @@ def test_what_a_verifier_takes_out_of_an_answer() -> None:
     assert fenced_block("```SQL SELECT 1```", "sql") == "SELECT 1"
     assert fenced_block("Title\n~~~~~\nHere:\n```sql\nSELECT 1\n```", "sql") == "SELECT 1"
     assert fenced_block("x = 1\n```\n") == "x = 1" and fenced_block("``````") == ""
+    # in an item of a list all lines of a block are indented, some more than others
+    block = "def f():\n    return 1\n\nx = f()"
+    indented = textwrap.indent(block, "   ")
+    assert fenced_block(f"1. Code:\n   ```python\n{indented}\n   ```\n2. Done.", "python") == block
+    assert fenced_block(f"```python\n\n{indented}\n```") == fenced_block(f"\n{indented}\n") == block
+    assert fenced_block('```\nx = """\n  \n"""\n```') == 'x = """\n  \n"""'  # a text of its own
+    # words before an opening fence, which is not the closing one of what follows
+    assert fenced_block(f"This is `f`: ```python\n{block}\n```\nDone.", "python") == block
+    assert fenced_block("Use ```x``` here.\n```sql\nSELECT 1\n```", "sql") == "SELECT 1"
+    assert fenced_block("if a.startswith('```'):\n    a = 1") == "if a.startswith('```'):\n    a = 1"
     assert boxed("\\boxed{1} or \\boxed{\\frac{1}{2}} {") == "\\frac{1}{2}"
     assert boxed("\\boxed{1") is None
     assert [last_number(text) for text in ("-1.5e3", "3 of 1,234", "v2.", "1e999", "")] == [-1500, 1234, 2, None, None]
