@@ -138,7 +138,7 @@ def run_program(program: str, tests: list[str], settings: PythonSettings) -> dic
             return {"what": "time", "error": f"{settings.seconds:g} s"}
         return {"what": "ended", "error": f"exit status {status}"}
     if "failed" in reply:
-        raise Unverified(f"the sandbox failed: {reply['failed']}")
+        raise Unverified(reply["failed"])
     if error := reply.get("error"):  # in the program's own words, which need not be text that a file can hold
         reply["error"] = error.encode(errors="replace").decode()
     return reply

@@ -97,7 +97,7 @@ def main() -> None:
             _limit(asked["limits"], alone=asked["isolate"])
             answer = {"missing": missing, **_run(asked["program"], asked["tests"])}
         except BaseException as error:
-            answer = {"failed": f"{type(error).__name__}: {error}"}
+            answer = {"failed": f"the sandbox failed: {type(error).__name__}: {error}"}
         os.write(reply, json.dumps({"nonce": asked["nonce"], **answer}).encode())
         os._exit(0)
     os.close(reply)
@@ -187,13 +187,20 @@ def _limit(limits: dict[str, int], *, alone: bool) -> None:
 
 
 def _run(program: str, tests: list[str]) -> dict[str, Any]:
-    """Runs the program as the module `answer`, then each test in it; the first error, and how many tests passed."""
+    """Runs the program as the module `answer`, then each test in it; the first error, and how many tests passed.
+
+    Tests that are no Python say nothing of the program: they are what `failed`.
+    """
     module = sys.modules["answer"] = types.ModuleType("answer")
+    try:
+        codes = [compile(_Asserting().visit(ast.parse(test, "tests.py")), "tests.py", "exec") for test in tests]
+    except Exception as wrong:
+        fix = "a test is a line such as `assert add(1, 2) == 3`"
+        return {"failed": f"the tests are no Python: {_told(wrong, '')}; {fix}"}
     passed, error = 0, ""
     for number, source in enumerate([program, *tests]):
         try:
-            code = _Asserting().visit(ast.parse(source, "tests.py")) if number else source
-            exec(compile(code, "tests.py" if number else "answer.py", "exec"), module.__dict__)
+            exec(codes[number - 1] if number else compile(source, "answer.py", "exec"), module.__dict__)
             passed += number > 0
         except BaseException as raised:  # SystemExit is no way to pass
             error = error or _told(raised, source if number else "")

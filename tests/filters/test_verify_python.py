@@ -93,6 +93,11 @@ def isolated() -> bool:
         (ADD, f"{CASE}\nunittest.TextTestRunner().run({SUITE})", "unverified python", None),
         (ADD, f"{CASE}\nassert unittest.TextTestRunner().run({SUITE}).wasSuccessful()", "passes", 1.0),
         ("add = max", f"{CASE}\nassert unittest.TextTestRunner().run({SUITE}).wasSuccessful()", "python error", 0.0),
+        # no Python
+        (ADD, ["assert add(1, 2) == 3", "assert add(1, 2) =="], "unverified python", None),
+        ("def add(a, b) return a", ">>> add(1, 2)\n3", "unverified python", None),
+        (ADD, "    assert add(1, 2) == 3", "unverified python", None),
+        (ADD, "return add(1, 2) == 3", "unverified python", None),
         (ADD, "# nothing", "unverified python", None),
         (ADD, None, "unverified python", None),
         (ADD, [], "unverified python", None),
@@ -116,12 +121,16 @@ def test_programs(settings: RuleSettings, text: str, tests: Any, expected: str, 
         ),
         ("def add(a, b) return a", "assert add(1, 2) == 3", "SyntaxError: "),
         ("1 / 0", "assert False", "ZeroDivisionError: division by zero"),
-        (ADD, "assert add(1, 2) ==", "SyntaxError: "),
         (ADD, "x = 1\nadd(x, 2) == 4", "add(x, 2) == 4: AssertionError"),
     ],
 )
 def test_the_line_of_the_test_that_failed_is_told(settings: RuleSettings, text: str, tests: Any, words: str) -> None:
     assert said(text, settings, tests).startswith(f"python error: {words}")
+
+
+def test_the_line_of_a_test_that_is_no_python_is_told(settings: RuleSettings) -> None:
+    words = "unverified python: the tests are no Python: SyntaxError: invalid syntax (tests.py, line 2); a test is "
+    assert said(ADD, settings, "x = 1\n>>> add(1, 2)").startswith(words)
 
 
 def test_what_a_program_says_can_be_written(settings: RuleSettings) -> None:
