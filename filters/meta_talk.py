@@ -62,22 +62,30 @@ OPENINGS = (
     r"(?:보(?:겠습니다|았습니다|았어요)|볼게요|봤습니다|봤어요)",
 )
 
+# What calls itself that, in the first person, is dropped; a text may well be about language models and assistants.
+MACHINE = (
+    r"(?:(?:large |helpful )?(?:ai|artificial intelligence|(?:ai )?language model|chatbot|virtual assistant)"
+    r"(?: (?:(?:large )?language model|model|assistant|chatbot|system|program))?)"
+)
+MACHINE_KO = r"(?:언어\s?모델|(?:ai|인공지능)\s?(?:어시스턴트|챗봇|비서|도우미|모델))"
+
 ANYWHERE = (
-    r"\bas an? (?:ai|artificial intelligence|language model|virtual assistant|(?:helpful )?assistant, i)\b",
-    r"\b(?:ai|large|artificial intelligence) language model\b",
-    r"\bi(?:'m|’m| am) (?:just |only )?an? (?:ai|artificial intelligence|language model|chatbot|virtual assistant)\b",
+    rf"\b(?:as|being) (?:an?|your) (?:{MACHINE}|(?:helpful )?assistant(?=,))"
+    r"(?: (?:developed|created|trained|built|made|designed|with|without|that|who)\b[^\n.!?,]{0,40})?"
+    r"(?:,[^\n.!?]{0,60})? (?:i|my)\b",
+    rf"\bi(?:'m|’m| am) (?:just |only |[\w.-]+, )?an? {MACHINE}"
+    r"(?=\W*(?:[,.;:!?\n—–]|\Z)| (?:and|so|but|that|which|who|with|without|by|from|\w+ed|built|made)\b)",
     r"\bi was (?:trained|created|developed|made) by (?:openai|anthropic|alibaba|google|meta|hugging ?face)\b",
-    r"\b(?:my|your) (?:training data|knowledge cutoff|system prompt)\b",
+    r"\bmy (?:training data|knowledge cutoff|system prompt)\b",
     r"\bi(?:'m|’m| am) (?:qwen|chatgpt|smollm)\b",
     r"<\|(?:im_start|im_end|endoftext|eot_id|assistant|user|system)\|>",
-    r"(?:ai|인공지능|거대|대규모)\s?(?:언어\s?모델|어시스턴트|챗봇|비서)",
-    r"언어\s?모델(?:로서|입니다|이라|이므로)",
+    rf"(?:저는|나는|제가)\s[^\n.!?]{{0,40}}(?:{MACHINE_KO}|ai|인공지능)(?:입니다|이에요|예요|이며|이고|로서|이?라|이므로|이기)",
+    rf"{MACHINE_KO}(?:로서|이?라서?|이므로|이기\s?때문에)[^\n.!?]{{0,60}}(?:저는|제가|수\s없|않습니다|못합니다|없습니다)",
     r"(?:저는|제 이름은)\s[^\n.!?]{0,60}(?:qwen|chatgpt|smollm)",
     r"(?:작성|생성|제공|제안)해\s?드(?:릴게요|리겠습니다|릴까요)",
     r"동화를\s(?:하나\s|함께\s|한\s편\s)?(?:만들어\s?|써\s?)?드(?:릴게요|리겠습니다)",
     r"저는\s[^\n.!?]{0,60}(?:작성|생성|제공)(?:할|해\s?드릴)\s수(?:는|가)?\s(?:없|있)",
-    r"(?:저는|나는)\s(?:ai(?![a-z])|인공지능)",
-    r"사용자(?:님)?(?:의|께서|가)\s?(?:요청|질문|원하)",
+    r"사용자(?:님)?(?:의|께서|가)\s?(?:요청|질문|원하)[^\n.!?]{0,30}(?:동화|이야기|작성)",
 )
 
 CLOSINGS = (
