@@ -78,7 +78,8 @@ ANYWHERE = (
     r"\bi was (?:trained|created|developed|made) by (?:openai|anthropic|alibaba|google|meta|hugging ?face)\b",
     r"\bmy (?:training data|knowledge cutoff|system prompt)\b",
     r"\bi(?:'m|’m| am) (?:qwen|chatgpt|smollm)\b",
-    r"<\|(?:im_start|im_end|endoftext|eot_id|assistant|user|system)\|>",
+    # what a chat template writes, of any family, and thoughts or calls that nobody took out; not as code in a sentence
+    r"(?<!`)(?:<[|｜][^\s|｜<>]{1,40}[|｜]>|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>|</?(?:think(?:ing)?|tool_call)>)",
     rf"(?:저는|나는|제가)\s[^\n.!?]{{0,40}}(?:{MACHINE_KO}|ai|인공지능)(?:입니다|이에요|예요|이며|이고|로서|이?라|이므로|이기)",
     rf"{MACHINE_KO}(?:로서|이?라서?|이므로|이기\s?때문에)[^\n.!?]{{0,60}}(?:저는|제가|수\s없|않습니다|못합니다|없습니다)",
     r"(?:저는|제 이름은)\s[^\n.!?]{0,60}(?:qwen|chatgpt|smollm)",
