@@ -4,6 +4,7 @@ import json
 import math
 import re
 import textwrap
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,18 @@ _FENCE = re.compile(  # words may stand before an opening ```: Here it is: ```py
     r"(.*?)(?:^[ \t]*\1|\1[ \t]*$|\Z)",
     re.DOTALL | re.MULTILINE,
 )
+INDIAN = r"[1-9]\d?(?:,\d{2})+,\d{3}(?!,\d)"  # 12,34,567
 _NUMBER = re.compile(
     r"(?:(?<![\w.])[-+]|(?<![\w.$])[-+]\\?[$€£¥₩₹])?"  # -5, -$5, but no sign in 3-5, $3-$5 and $3$-$5$
     r"(?:(?P<comma>(?<!\d,)(?:"  # a decimal comma, and groups of digits with dots: none in 1,2,3 and 1,234
     r"[1-9]\d{0,2}(?:(?:\.\d{3})+,\d+|(?:\.\d{3}){2,})|(?![1-9]\d{0,2},\d{3}(?!\d))\d+,\d+)(?![,.]?\d))"
-    r"|(?:[1-9]\d{0,2}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?(?<=\d))(?:[eE][-+]?\d+)?(?!\d)"
+    rf"|(?:(?:[1-9]\d{{0,2}}(?:,\d{{3}})+|{INDIAN})(?!\d)|\d+)?(?:\.\d+)?(?<=\d))(?:[eE][-+]?\d+)?(?!\d)"
 )
 INVISIBLE = "\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\u2066\u2067\u2068\u2069\ufeff"  # and without a width
-_PLAIN = str.maketrans("−–－", "---", INVISIBLE)
-_THIN_SPACE = re.compile(r"(?<=\d)(?:\\[,:;! ]|[~\u00a0\u2009\u202f])(?=\d{3}(?!\d))")  # between groups of digits
+_DIGITS = {code: str(unicodedata.decimal(chr(code))) for code in range(0x80, 0x20000) if chr(code).isdecimal()}
+_PLAIN = _DIGITS | str.maketrans("−–－٫٬", "---.,", INVISIBLE)  # Arabic has marks of its own in numbers
+# between groups of digits: spaces that do not break, and what the Swiss write
+_THIN_SPACE = re.compile(r"(?<=\d)(?:\\[,:;! ]|[~\u00a0\u2009\u202f'’])(?=\d{3}(?!\d))")
 _SHOWN = 100  # characters of an answer that a reason quotes
 
 
@@ -83,7 +87,7 @@ def _flush_left(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """The text with every minus as `-`, without characters that cannot be seen and spaces between groups of digits."""
+    """The text with digits as 0-9, every minus as `-`, and nothing that cannot be seen or parts groups of digits."""
     return _THIN_SPACE.sub("", text.translate(_PLAIN))
 
 

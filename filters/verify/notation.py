@@ -7,7 +7,7 @@ import re
 import unicodedata
 from decimal import Decimal
 
-from filters.verify.extract import plain
+from filters.verify.extract import INDIAN, plain
 from filters.verify.quantities import as_one_number
 
 _NUMBER = r"(?<![\w.,^/])(\d+(?:\.\d+)?|\.\d+)"
@@ -19,14 +19,14 @@ _SMALL = re.compile(r"(?P<power>(?<=[\d)])[⁺⁻]?[⁰¹²³⁴-⁹]+)|(?P<spac
 _SCIENTIFIC = re.compile(_NUMBER + r"(?:e| ?[x×] ?10\^)([+-]?\d{1,2})(?![\w^]|\.\d)", re.IGNORECASE)
 _SPACE = re.compile(r"(?<=\d)(?<!\d{4}) (?=\d{3}(?![\d/]))")  # in a value by itself, in which 1 500/600 is mixed
 _MIXED = re.compile(r"(?<![\w.,^/])(?<!\d )(\d+) (\d+)/(\d+)(?![\w^/]|\.\d)")
-_GROUPS = r"[1-9]\d{0,2}(?:(?:,|\{,\})\d{3})+(?![\d,])"
+_GROUPS = rf"(?:[1-9]\d{{0,2}}(?:(?:,|\{{,\}})\d{{3}})+|{INDIAN})(?![\d,])"
 _THOUSANDS = re.compile(  # none in the pair `(100,200)` and the set `\{100,200\}`
     rf"(?<![\d.,])(?<!(?<!\\)[(\[])(?<![,;] )(?<!\\\{{){_GROUPS}"
     rf"|(?<=[(\[]){_GROUPS}(?=\s*(?:[-+*/×÷^]|\\times|\\cdot|\\div))"
 )
 _EMPHASIS = re.compile(r"(?<![\w)\]}^*\\])(\*{1,3})(?=\S)(.+?)(?<=[^\s*])\1(?![\w(*])")  # none in 3*4 and 2**3
-# Wide digits become plain ones, and what is no part of a value goes. ’ stays, as it is also a prime.
-_PLAIN_SIGNS = str.maketrans("０１２３４５６７８９", "0123456789", '`"“”„‟«»‹›‘‚€£¥₩₹')
+# What is no part of a value goes. ’ stays, as it is also a prime.
+_PLAIN_SIGNS = str.maketrans("", "", '`"“”„‟«»‹›‘‚€£¥₩₹')
 _CHOSEN = re.compile(r"(?:\A|(?<=답[:은])|(?<=답[:은] ))[①-⑳](?! ?\d)")  # 정답: ③
 _ROOT = re.compile(r"√ ?(?:(\d+(?:\.\d+)?)|\(([^()]*)\))")
 _PI = re.compile(r"(?<=\d) ?pi\b")

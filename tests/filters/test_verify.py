@@ -68,6 +68,14 @@ DEEP = "[" * 10_000 + "]" * 10_000
         ({"as": "number"}, "0.5,25", 25, "passes", "25"),
         ({"as": "number"}, "(3,4)", 4, "matches", "3.4"),
         ({"as": "number"}, "(3, 4)", 4, "passes", "4"),
+        # as India, the Arab world and Switzerland write them
+        ({"as": "number"}, "Rs. 12,34,567.50", 1234567.5, "passes", "1234567.5"),
+        ({"as": "number"}, "₹1,23,456", 23456, "matches", "123456"),
+        ({"as": "number"}, "5, 25, 125", 125, "passes", "125"),  # a list
+        ({"as": "number"}, "\u0661\u066c\u0662\u0663\u0664\u066b\u0665", "1234.5", "passes", "1234.5"),
+        ({"as": "number"}, "उत्तर ४२ है।", 42, "passes", "42"),
+        ({"as": "number"}, "CHF 1'234’567.50", 1234567.5, "passes", "1234567.5"),
+        ({"as": "number"}, "It is 5'11.", 11, "passes", "11"),
         ({"as": "number"}, "none", 10, "matches number", None),
         ({"as": "number", "tolerance": 0.01}, "3.14", 3.1416, "passes", "3.14"),
         ({"as": "json"}, '```json\n{"b": 1.0, "a": [2]}\n```', {"a": [2], "b": 1}, "passes", '{"a":[2],"b":1}'),

@@ -29,6 +29,21 @@ def test_the_last_side_of_an_equation_is_its_value(text: str, right: str, result
     assert outcome(verify("math", text, settings_of("math"), "6")) == "math"
 
 
+@pytest.mark.parametrize(
+    ("text", "right", "wrong"),
+    [
+        ("The total is ₹1,23,456.", "123456", "1.23"),
+        ("\\boxed{12,34,567}", "1234567", "12.34"),
+        ("So $x \\in \\{1,23,456\\}$.", "\\{1, 23, 456\\}", "123456"),
+        ("It costs CHF 1'234.50.", "1234.5", "1"),
+        ("الجواب هو \u0664\u0662\u066b\u0665.", "42.5", "5"),
+        ("उत्तर ४२ है।", "42", "4"),
+    ],
+)
+def test_numbers_as_india_the_arab_world_and_switzerland_write_them(text: str, right: str, wrong: str) -> None:
+    check(text, right, wrong)
+
+
 def test_an_equation_to_solve_is_no_value() -> None:
     assert verify("math", "$2x + 3 = 7$", settings_of("math"), "7x").result == "Eq(2*x + 3, 7)"
     assert outcome(verify("math", "\\boxed{0 < x < 5}", settings_of("math"), "0 < x < 5")) == "passes"
