@@ -1,6 +1,7 @@
 """The verifiers `matches` and `choice`: the answer, or a part of it, against the reference or a list of labels."""
 
 import re
+import unicodedata
 from datetime import date
 from functools import lru_cache
 from typing import Annotated, Any, Literal, Self
@@ -22,8 +23,9 @@ from filters.verify.guard import Unreadable, Unverified
 from filters.verify.worker import call
 from pipeline.records import Reason, folded
 
-# what a model puts around a label, and ends it with
-_AROUND = " \t\n\"'`*_.,;:!()[]“”„‘’‚«»‹›「」『』【】《》〈〉（）［］。、，．：；！？…" + INVISIBLE
+# what a model puts around a label, and ends it with: in other scripts, all punctuation but dashes
+_PUNCTUATION = [chr(code) for code in range(0x80, 0x10000) if re.match("P[^cd]", unicodedata.category(chr(code)))]
+_AROUND = " \t\n\"'`*_.,;:!()[]" + "".join(_PUNCTUATION) + INVISIBLE
 
 
 class PatternSettings(RuleSettings):
@@ -156,12 +158,12 @@ def choice(answer: Answer, settings: ChoiceSettings) -> Verified:
 def _label(text: str, labels: list[str]) -> str:
     """The label that a text says; the text itself, without the marks around it, if it says none.
 
-    First the text as it stands (`.NET` beside `NET`), then without its marks, then without the label's marks, too.
+    First the text as it stands (`.NET` beside `NET`), then without its marks, then as `B` where it is a wide `Ｂ`, then
+    without the label's marks, too.
     """
     text, known = folded(text), [folded(label) for label in labels]
-    if text in known:
-        return text
     bare = text.strip(_AROUND) or text
-    if bare in known:
-        return bare
+    for said in (text, bare, unicodedata.normalize("NFKC", bare)):
+        if said in known:
+            return said
     return next((label for label in known if label.strip(_AROUND) == bare), bare)

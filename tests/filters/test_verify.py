@@ -120,6 +120,14 @@ def test_matches(settings: dict[str, Any], text: str, reference: Any, expected: 
             )
         ),
         ({"labels": ["\u200bbilling", "other"], "reference": True}, "Billing", "billing", "passes", "\u200bbilling"),
+        # marks of other scripts, and wide letters and digits
+        ({"labels": ["نعم", "لا"], "reference": True}, "نعم،", "نعم", "passes", "نعم"),
+        ({"labels": ["हाँ", "नहीं"], "reference": True}, "**हाँ**।", "हाँ", "passes", "हाँ"),
+        ({"labels": ["sí", "no"], "reference": True}, "¡Sí!", "sí", "passes", "sí"),
+        ({"labels": ["A", "B"], "reference": True}, "（Ｂ）．", "B", "passes", "b"),
+        ({"labels": ["A", "B"], "reference": True}, "Ａ", "B", "choice", "a"),
+        ({"labels": ["4", "-4"], "reference": True}, "–4", "4", "choice", None),  # a dash may be a minus
+        ({"labels": ["m2", "m²"], "reference": True}, "m²", "m2", "choice", "m²"),
         ({"labels": ["billing", "other"]}, "It is billing", None, "choice", None),
         ({"labels": ["billing", "other"], "pattern": "is (\\w+)"}, "It is billing", None, "passes", "billing"),
         ({"reference": True}, "Billing", "billing", "passes", "billing"),
