@@ -22,6 +22,8 @@ BEFORE = (
 NARRATED = r"[^\n.!?“”\"「『]"  # a character of a sentence that is in no quotes
 # What somebody in a story says, which is no closing remark; not an answer that is in quotes as a whole.
 SAID = re.compile(r"(?<=.)(?:“[^“”\n]*”|「[^「」\n]*」|『[^『』\n]*』|\"[^\"\n]*\")", re.DOTALL)
+# The end of a letter: `Kind regards` and a name. What comes before it is said to its reader.
+SIGNED = re.compile(r"\n\s*\n\**[^\W\d_][^\n.!?:]{0,30}\n\s*[\[*]*[^\W\d_][^\n!?:]{0,40}(?:\n[^\n!?]{0,60}){0,3}\s*\Z")
 # A refusal says that the speaker cannot help or answer. Who cannot find an order number asks for it.
 SORRY = (
     r"(?:i(?: am|['’]m) (?:\w+ )?(?:sorry|afraid)|(?:my )?apologies|i apologi[sz]e|sorry|unfortunately)"
@@ -95,7 +97,7 @@ CLOSINGS = (
     r"\b(?:feel free|don't hesitate|don’t hesitate) to (?:ask|let me|contact|reach|modify|adjust)",
     r"\b(?:would you like|do you want) me to\b",
     r"\b(?:is there|do you have) any(?:thing else| other questions)\b",
-    r"\(?\bword count\b",
+    r"\bword count\W{0,4}(?:about |approx\w* )?\d",
     r"(?:더|추가로|다른)\s(?:\S+\s)?(?:필요하|궁금하|원하|요청하)[시신실셨]",
     r"(?:어떻게|무엇을)\s도와\s?드릴까요",
     r"(?:언제든지?|편하게)\s?(?:말씀|알려|문의|질문|요청)[^\n.!?]{0,8}(?:세요|시면|십시오|바랍니다)",
@@ -141,6 +143,6 @@ def meta_talk(answer: Answer, settings: MetaTalkSettings) -> Reason | None:
     start = max(0, len(text) - CLOSING_CHARS)
     if settings.closing and settings.closing.search(text, start):
         narrated = SAID.sub(lambda said: " " * len(said[0]), text)
-        if found := settings.closing.search(narrated, start):
+        if (found := settings.closing.search(narrated, start)) and not SIGNED.search(narrated, found.end()):
             return Reason(rule="meta_talk", what="closes with", found=found[0])
     return None
