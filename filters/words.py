@@ -5,6 +5,7 @@ grammar, as far as they follow a noun. Used by `banned_words` and `adherence`.
 """
 
 import re
+import unicodedata
 from functools import lru_cache
 
 from filters.scripts import character_class
@@ -23,6 +24,8 @@ _AFTER_ENGLISH = "(?:s|es|'s|’s|s'|s’|ed|d|ing|y)?"
 _WITHOUT_SPACES = character_class("han", "kana", "thai")
 _UNSPACED = re.compile(f"[{_WITHOUT_SPACES}]")
 _SPACED = rf"[^\W{_WITHOUT_SPACES}]"  # a letter or digit that a word may go on with: not の after iPhone
+# Vowel signs of India's scripts, Devanagari to Sinhala: राम is no word of its own in रामायण.
+_SIGNS = "".join(chr(code) for code in range(0x900, 0xE00) if unicodedata.category(chr(code)) in ("Mn", "Mc"))
 _HANGUL = re.compile("[가-힣]")
 _ARTICLES = {"a", "an", "the"}
 
@@ -39,13 +42,15 @@ def whole_word(word: str, *, ignore_case: bool = False, endings: bool = False) -
     core = re.escape(word)
     if _UNSPACED.search(word):
         return re.compile(core, flags)
+    # A vowel sign goes on with a word, but where endings may differ it may be one, as in दिनों of दिन.
+    letter, last = (_SPACED, r"\w") if endings else (f"(?:{_SPACED}|[{_SIGNS}])", rf"[\w{_SIGNS}]")
     # What comes before is looked at last: a regex that begins with fixed text is searched many times as fast.
-    alone = core + (rf"(?<!{_SPACED}{core})" if re.match(r"\w", word) else "")
-    if not re.search(r"\w$", word):
+    alone = core + (rf"(?<!{letter}{core})" if re.match(r"\w", word) else "")
+    if not re.search(f"{last}$", word):
         return re.compile(alone, flags)
     english = _AFTER_ENGLISH if endings and not _HANGUL.match(word[-1]) else ""
     copula, never = (_COPULA, _NEVER_AFTER_CONSONANT) if _ends_in_consonant(word) else (_COPULA_AFTER_VOWEL, "")
-    return re.compile(f"{alone}{english}{never}(?:{_SEVERAL}|(?:{copula})[가-힣]{{0,5}})(?!{_SPACED})", flags)
+    return re.compile(f"{alone}{english}{never}(?:{_SEVERAL}|(?:{copula})[가-힣]{{0,5}})(?!{letter})", flags)
 
 
 def _ends_in_consonant(word: str) -> bool:

@@ -103,6 +103,21 @@ def test_banned_words(text: str, settings: dict[str, Any], found: str | None) ->
     assert said == (f"contains `{found}`" if found else None)
 
 
+@pytest.mark.parametrize(
+    ("text", "word", "dropped"),
+    [
+        ("रामायण पढ़ो।", "राम", False),
+        ("राम घर गया।", "राम", True),
+        ("வீடுகள்", "வீட", False),
+        ("हिन्दीभाषी", "हिन्दी", False),
+        ("हिन्दी।", "हिन्दी", True),
+        ("كتابٌ", "كتاب", True),  # points of Arabic make no other word
+    ],
+)
+def test_a_vowel_sign_is_part_of_a_word(text: str, word: str, dropped: bool) -> None:
+    assert (reason("banned_words", text, words=[word], whole_word=True) is not None) == dropped
+
+
 def test_banned_words_are_taken_literally() -> None:
     assert reason("banned_words", "a+b", words=["a.b"]) is None
     assert reason("banned_words", "C++ is here", words=["C++"], whole_word=True) == "contains `C++`"
