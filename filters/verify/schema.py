@@ -38,18 +38,18 @@ class JsonSchemaSettings(PatternSettings):
             check_schema(schema)
         except ValueError as error:
             raise ValueError(f"schema: {error}") from None
-        self._schema = msgspec.json.encode(schema).decode()
+        self._schema = nfc(msgspec.json.encode(schema).decode())
         return self
 
 
 def json_schema(answer: Answer, settings: JsonSchemaSettings) -> Verified:
     """Drops an answer that is not JSON, or that its schema refuses."""
-    value = parse_json(settings.part_of(answer))
-    wrong = call(VALIDATION, "first_error", settings._schema, canonical(value), seconds=settings.seconds)
+    value = nfc(canonical(parse_json(settings.part_of(answer))))
+    wrong = call(VALIDATION, "first_error", settings._schema, value, seconds=settings.seconds)
     if wrong:
         where, message = wrong
         return Verified(Reason(rule="json_schema", what=where, found=shown(message)))
-    return Verified(result=canonical(value))
+    return Verified(result=value)
 
 
 class ToolCallsSettings(RuleSettings):
@@ -77,11 +77,11 @@ def tool_calls(answer: Answer, settings: ToolCallsSettings) -> Verified:
         except ValueError as error:
             return Verified(_wrong(name, str(error)))
         if parameters := functions[name].get("parameters"):
-            schema = msgspec.json.encode(parameters).decode()
-            if wrong := call(VALIDATION, "first_error", schema, canonical(given), seconds=settings.seconds):
+            schema = nfc(msgspec.json.encode(parameters).decode())
+            if wrong := call(VALIDATION, "first_error", schema, nfc(canonical(given)), seconds=settings.seconds):
                 return Verified(_wrong(name, f"{wrong[1]:.200} (at {wrong[0]})"))
         result.append([name, given])
-    return Verified(result=canonical(result))
+    return Verified(result=nfc(canonical(result)))
 
 
 def _wrong(name: str, why: str) -> Reason:
@@ -91,7 +91,7 @@ def _wrong(name: str, why: str) -> Reason:
 def _read(arguments: str) -> Json:
     """Arguments that are a JSON object. Raises ValueError saying what else they are."""
     try:
-        given: Any = msgspec.json.decode(nfc(arguments))
+        given: Any = msgspec.json.decode(arguments)
     except RecursionError:
         raise ValueError("nested too deep") from None
     except (msgspec.DecodeError, UnicodeError) as error:

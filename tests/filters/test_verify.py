@@ -180,6 +180,9 @@ TICKET = {
     [
         (TICKET, '{"queue": "billing"}', "passes"),
         (TICKET, 'Here:\n```json\n{"queue": "other", "day": "2026-02-01"}\n```\nDone.', "passes"),
+        # Korean in single jamo, in the answer (also as escapes) or in the schema
+        ({"enum": ["한"]}, '"\\u1112\\u1161\\u11ab"', "passes"),
+        ({"enum": ["\u1112\u1161\u11ab"]}, '"한"', "passes"),
         (TICKET, '{"queue": "sales"}', "json_schema $.queue"),
         (TICKET, '{"queue": "other", "day": "2026-02-31"}', "json_schema $.day"),
         (TICKET, "{}", "json_schema $"),

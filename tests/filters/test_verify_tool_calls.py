@@ -35,6 +35,7 @@ TOOLS = [
     tool("away", AWAY),
     tool("broken", {"type": "objct"}),
     tool("paint", {"type": "object", "properties": {"colour": {"enum": ["빨강"]}}}),
+    tool("jamo", {"properties": {"colour": {"enum": [unicodedata.normalize("NFD", "빨강")]}}}),
 ]
 
 
@@ -58,6 +59,8 @@ def found(*calls: Json, tools: list[Json] = TOOLS, text: str = "", **settings: A
         ([call("weather", {"city": "서울"})], {}, None),
         ([call("weather", {"city": "서울", "days": 2}), call("now", {})], {}, None),
         ([call("paint", unicodedata.normalize("NFD", '{"colour": "빨강"}'))], {}, None),
+        ([call("paint", '{"colour": "\\u1108\\u1161\\u11af\\u1100\\u1161\\u11bc"}')], {}, None),
+        ([call("jamo", {"colour": "빨강"})], {}, None),
         ([call("now", {"whatever": 1})], {}, None),  # a function without parameters says nothing of them
         ([], {}, None),
         ([], {"required": True}, "no tool is called"),
