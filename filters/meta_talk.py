@@ -36,15 +36,13 @@ HELP = (
 )
 
 OPENINGS = (
-    # English: consent, announcement, refusal, apology
+    # English: consent, announcement, apology
     r"(?:sure|certainly|of course|absolutely)(?:,? thing)?\s*[!,.:]",
     r"(?:okay|ok|alright)[!,.]? (?:here|let me|i will|i'll|i’ll)\b",
     r"here(?:'s|’s| is| are)\s+(?:your\b|[^\n.!?]{0,120}:)",
     r"(?:below|the following) is (?:a|an|the|your)\b",
     r"i(?:'d| would|’d) be (?:happy|glad|delighted) to\b",
     r"i(?:'m|’m| am) (?:really |very )?sorry,? but (?:i|as)\b",
-    rf"(?:{SORRY})?{NOT_ABLE} {HELP}",
-    rf"{SORRY}i do(?: not|n['’]t) have access",
     r"i apologi[sz]e\b",
     r"as (?:you (?:asked|requested)|requested)\b",
     # Korean
@@ -58,10 +56,19 @@ OPENINGS = (
     r"|이야기(?:입니다|이에요|예요|:|(?:를|가)\s(?:작성|준비|있습니다|써|쓴|만들|지었|지어)))",
     r"(?:이는|이것은|이번은|이번에는)\s[^\n.!?]{0,60}동화(?:를|입니다|이에요|예요)",
     r"요청(?:하신|에)\b",
-    r"(?:죄송(?:합니다|하지만|해요|스럽지만)|미안하지만)[^\n]{0,60}(?:수 없|어렵|못)",
-    rf"{NARRATED}{{0,80}}(?:답변|처리|제공|작성|도와|들어|말씀)\s?(?:할|드릴|해\s?드릴)\s수(?:는|가)?\s없(?:습니다|어요)",
     rf"{NARRATED}{{0,80}}(?:동화|이야기)를\s(?:\S+\s)?(?:써|작성해|만들어|지어|준비해)\s?"
     r"(?:보(?:겠습니다|았습니다|았어요)|볼게요|봤습니다|봤어요)",
+)
+
+REFUSALS = (
+    rf"(?:{SORRY})?{NOT_ABLE} {HELP}",
+    rf"{SORRY}i do(?: not|n['’]t) have access",
+    r"i(?:'m|’m| am) (?:really |very )?sorry,? but as\b",
+    rf"(?:{SORRY})?i (?:must|have to) (?:respectfully )?decline\b",
+    rf"(?:{SORRY})?i(?:(?:'m|’m| am) not| do(?: not|n['’]t) feel) comfortable \w+ing\b",
+    r"i do(?: not|n['’]t) have (?:access to )?(?:real-time|live)\b",
+    r"(?:죄송(?:합니다|하지만|해요|스럽지만)|미안하지만)[^\n]{0,60}(?:수 없|어렵|못)",
+    rf"{NARRATED}{{0,80}}(?:답변|처리|제공|작성|도와|들어|말씀)\s?(?:할|드릴|해\s?드릴)\s수(?:는|가)?\s없(?:습니다|어요)",
 )
 
 # What calls itself that, in the first person, is dropped; a text may well be about language models and assistants.
@@ -116,10 +123,12 @@ class MetaTalkSettings(TextSettings):
     # regular expressions of your own, searched for anywhere, case ignored
     patterns: list[Annotated[Pattern, AfterValidator(nfc)]] = Field([])
     builtin: bool = True  # False: only your own
+    remarks: bool = True  # False: consent, apologies and offers pass, as people make them in a conversation
 
     @cached_property
     def opening(self) -> re.Pattern[str] | None:
-        return re.compile(rf"{BEFORE}({'|'.join(OPENINGS)})", re.IGNORECASE) if self.builtin else None
+        patterns = (*OPENINGS, *REFUSALS) if self.remarks else REFUSALS
+        return re.compile(rf"{BEFORE}({'|'.join(patterns)})", re.IGNORECASE) if self.builtin else None
 
     @cached_property
     def anywhere(self) -> tuple[re.Pattern[str], ...]:
@@ -129,7 +138,7 @@ class MetaTalkSettings(TextSettings):
 
     @cached_property
     def closing(self) -> re.Pattern[str] | None:
-        return re.compile("|".join(CLOSINGS), re.IGNORECASE) if self.builtin else None
+        return re.compile("|".join(CLOSINGS), re.IGNORECASE) if self.builtin and self.remarks else None
 
 
 def meta_talk(answer: Answer, settings: MetaTalkSettings) -> Reason | None:

@@ -168,6 +168,9 @@ def test_each_measure_of_repetition_can_be_turned_off_and_set() -> None:
         "Unfortunately, I'm unable to write such a story.",
         "Unfortunately, I do not have access to real-time data.",
         "I'm really sorry you feel this way, but I can't help.",
+        "Sorry, I must respectfully decline.",
+        "I'm not comfortable writing about that.",
+        "I don't have real-time data, so I cannot know.",
         "😊 Sure! Here is your summary.",
         "\u200bSure! Here it is.",
         "\ufeff👍🏽 **Sure!** Here it is.",
@@ -280,6 +283,38 @@ def test_meta_talk_is_dropped(text: str) -> None:
 )
 def test_a_story_is_not_meta_talk(text: str) -> None:
     assert reason("meta_talk", text) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Sure, you can bring a friend.",
+        "I'm sorry, but I need your order number. It is on the receipt.",
+        "I apologize for the delay. Your refund was issued today.",
+        "Here are the opening hours: 9:00 to 17:00.",
+        "It ships on Friday. Would you like me to add the insurance?",
+        "It is booked. Let me know how many of you are vegetarian.",
+        "네, 알겠습니다. 금요일로 옮겨 두겠습니다.",
+        "환불은 3일 걸립니다. 더 필요하신 것이 있으면 말씀해 주세요.",
+    ],
+)
+def test_a_conversation_may_have_remarks(text: str) -> None:
+    assert reason("meta_talk", text) is not None
+    assert reason("meta_talk", text, remarks=False) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I'm sorry, but I can't help with that.",
+        "I’m sorry, but as an assistant I must refuse.",
+        "Sure. As an AI, I do not eat.",
+        "Sure, it is open.<|im_end|>",
+        "죄송하지만 도와드릴 수 없습니다.",
+    ],
+)
+def test_a_refusal_is_none_of_them(text: str) -> None:
+    assert reason("meta_talk", text, remarks=False) is not None
 
 
 def test_meta_talk_takes_own_patterns() -> None:
