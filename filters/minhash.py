@@ -31,8 +31,8 @@ _MIX = np.uint64(0xBF58476D1CE4E5B9)
 _SELECTORS = {chr(code) for code in range(0xFE00, 0xFE10)}  # they choose how an emoji is drawn, and count as marks
 _PLAIN = re.compile("[\x00-\x7f가-힣“”‘’…·—–]*")
 _PLAIN_WORDS = re.compile("[0-9a-z가-힣]+")
-_MARKS = ".,;:?…。，、；：？"
-_END_OF_WORD = re.compile(rf"(?<=[^\s{_MARKS}])(?:[{_MARKS}]+|\s+[?？]+)(?!\S)")
+_MARKS = ".,;:?…。，、；：？؟،؛۔।"
+_END_OF_WORD = re.compile(rf"(?<=[^\s{_MARKS}])(?:[{_MARKS}]+|\s+[?？؟]+)(?!\S)")
 
 
 @cache

@@ -126,6 +126,8 @@ def test_texts_that_do_not(one: str, other: str) -> None:
         ("Wie hoch sind die Kosten?", "Wie hoch sind die Kosten ?", True),
         ("Combien ? Merci.", "combien? merci", True),
         ("送料はいくら？", "\ufeff送料\u200bはいくら", True),
+        ("ما هي عاصمة فرنسا؟", "ما هي عاصمة فرنسا", True),
+        ("यह क्या है।", "यह क्या है", True),
         ("What is 12 + 7?", "What is 12 - 7?", False),
         ("What is -5?", "What is 5?", False),
         ("What is 1.5?", "What is 1 5?", False),
