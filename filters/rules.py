@@ -155,7 +155,7 @@ def foreign_script(answer: Answer, settings: ForeignScriptSettings) -> Reason | 
 
 
 class EndingSettings(TextSettings):
-    marks: str = Field(".!?…。！？｡؟।", min_length=1)  # characters that may end the last sentence
+    marks: str = Field(".!?…。！？｡؟۔।", min_length=1)  # characters that may end the last sentence
 
 
 # Emoji, their modifiers, spaces, closing brackets, quotes of both kinds: „…“ and »…« end with an opening one.

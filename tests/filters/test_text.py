@@ -47,6 +47,7 @@ def test_foreign_script(text: str, settings: dict[str, Any], leaked: str | None)
         ("Die Meldung lautet: ‚Fehler 5.‘", False),
         ("هل هذا صحيح؟", False),
         ("यह सही है।", False),
+        ("یہ درست ہے۔", False),
         ("ありがとうございます｡", False),
         ("Er sagte: „Wir“", True),
         ("그리고 토토는", True),
