@@ -23,8 +23,9 @@ from filters.verify.guard import Unreadable, Unverified
 from filters.verify.worker import call
 from pipeline.records import Reason, folded
 
-# what a model puts around a label, and ends it with: in other scripts, all punctuation but dashes
-_PUNCTUATION = [chr(code) for code in range(0x80, 0x10000) if re.match("P[^cd]", unicodedata.category(chr(code)))]
+# What a model puts around a label, and ends it with: in other scripts, all punctuation but dashes.
+_MARKS = {"Po", "Ps", "Pe", "Pi", "Pf"}
+_PUNCTUATION = [char for char in map(chr, range(0x80, 0x10000)) if unicodedata.category(char) in _MARKS]
 _AROUND = " \t\n\"'`*_.,;:!()[]" + "".join(_PUNCTUATION) + INVISIBLE
 
 
