@@ -93,8 +93,10 @@ def install_wheelhouse(folder):
 
     unpacked = os.path.join(VENV, "wheelhouse")
     say("verifying and unpacking {} (details in .venv/setup.log)".format(folder))
+    version = "import platform; print(platform.python_version())"  # a .venv that was there stays, whatever PYTHON says
+    done = subprocess.run([VENV_PYTHON, "-c", version], capture_output=True, text=True, check=True)
     try:
-        manifest = unpack(folder, unpacked)
+        manifest = unpack(folder, unpacked, done.stdout.strip())
     except WheelhouseError as error:
         fail(str(error))
     if has_gpu() and not manifest["cuda"]:

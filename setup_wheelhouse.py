@@ -108,17 +108,19 @@ def verify(folder: Path, manifest: dict[str, Any]) -> None:
         raise WheelhouseError(f"{folder}: {'; '.join(wrong)}; copy {'them' if wrong[1:] else 'it'} again")
 
 
-def unpack(folder: str, into: str) -> dict[str, Any]:
+def unpack(folder: str, into: str, python: str) -> dict[str, Any]:
     """The wheels and models of a wheelhouse, verified, into a new folder. Returns its manifest.
 
-    Raises WheelhouseError if a file is missing or damaged, or the wheels are for another Python or processor.
+    Raises WheelhouseError if a file is missing or damaged, or the wheels are for another Python (`python` is the
+    version that .venv has) or processor.
     """
     source = Path(folder).expanduser()
     manifest = read_manifest(source)
-    meant, here = (manifest["python"], manifest["machine"]), (minor(platform.python_version()), platform.machine())
+    meant, here = (manifest["python"], manifest["machine"]), (minor(python), platform.machine())
     if meant != here:
         raise WheelhouseError(
-            "{} is for Python {} on {}; this is {} on {} (make setup PYTHON=…)".format(source, *meant, *here)
+            "{} is for Python {} on {}; .venv has Python {} on {} (for another Python: `make clean`, then make setup "
+            "with PYTHON=…)".format(source, *meant, *here)
         )
     verify(source, manifest)
     shutil.rmtree(into, ignore_errors=True)

@@ -19,6 +19,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 house = SimpleNamespace(**runpy.run_path(str(ROOT / "setup_wheelhouse.py")))
+HERE = platform.python_version()
 
 
 def a_wheel(folder: Path, name: str, needs: str = "") -> None:
@@ -45,7 +46,7 @@ def a_wheelhouse(tmp_path: Path, *, size: int = 1000, **changes: Any) -> Path:
         for path in sorted(content.iterdir()):
             archive.add(path, path.name)
     writer.close()
-    here = {"python": house.minor(platform.python_version()), "machine": platform.machine()}
+    here = {"python": house.minor(HERE), "machine": platform.machine()}
     manifest = {**here, "cuda": False, "groups": [], "packages": [], "files": writer.parts, **changes}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
@@ -56,7 +57,7 @@ def test_what_was_cut_in_parts_is_put_together(tmp_path: Path, size: int) -> Non
     folder = a_wheelhouse(tmp_path, size=size)
     sizes = [path.stat().st_size for path in sorted(folder.glob("part-*"))]
     assert all(own == size for own in sizes[:-1]) and 0 < sizes[-1] <= size
-    house.unpack(str(folder), str(tmp_path / "out"))
+    house.unpack(str(folder), str(tmp_path / "out"), HERE)
     for path in ("models/mine/config.json", "embedded/tiny/config.json"):
         assert (tmp_path / "out" / path).read_bytes() == (tmp_path / "content" / path).read_bytes()
 
@@ -69,7 +70,7 @@ def test_missing_and_damaged_parts_are_named_in_one_line(tmp_path: Path) -> None
     bytes_of[500] ^= 1
     (folder / "part-004").write_bytes(bytes_of)
     with pytest.raises(house.WheelhouseError) as error:
-        house.unpack(str(folder), str(tmp_path / "out"))
+        house.unpack(str(folder), str(tmp_path / "out"), HERE)
     assert str(error.value) == (
         f"{folder}: part-001 is missing; part-003 has 5 bytes instead of 1,000; "
         "part-004 is damaged (its SHA-256 is another); copy them again"
@@ -79,16 +80,35 @@ def test_missing_and_damaged_parts_are_named_in_one_line(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"python": "3.9"}, "is for Python 3.9 on "), ({"machine": "vax"}, " on vax; this is ")],
+    [({"python": "3.9"}, "is for Python 3.9 on .*`make clean`"), ({"machine": "vax"}, " on vax; .venv has Python 3")],
 )
 def test_another_machine_is_told_so(tmp_path: Path, changes: dict[str, str], message: str) -> None:
     with pytest.raises(house.WheelhouseError, match=message):
-        house.unpack(str(a_wheelhouse(tmp_path, **changes)), str(tmp_path / "out"))
+        house.unpack(str(a_wheelhouse(tmp_path, **changes)), str(tmp_path / "out"), HERE)
+
+
+def test_the_python_of_the_environment_that_is_there_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An earlier call with another PYTHON has made it, and pip installs for that one."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 3.9.2\n")
+    python.chmod(0o755)
+    setup = runpy.run_path(str(ROOT / "setup_venv.py"))["install_wheelhouse"]
+    said: list[str] = []
+
+    def fail(text: str) -> None:
+        said.append(text)
+        raise SystemExit
+
+    for name, value in {"VENV": str(tmp_path), "VENV_PYTHON": str(python), "fail": fail}.items():
+        monkeypatch.setitem(setup.__globals__, name, value)
+    with pytest.raises(SystemExit):
+        setup(str(a_wheelhouse(tmp_path)))
+    assert f"is for Python {house.minor(HERE)} on " in said[0] and "; .venv has Python 3.9 on " in said[0]
 
 
 def test_a_folder_that_is_none_is_told_so(tmp_path: Path) -> None:
     with pytest.raises(house.WheelhouseError, match=r"is no wheelhouse: manifest\.json: .*make wheelhouse"):
-        house.unpack(str(tmp_path), str(tmp_path / "out"))
+        house.unpack(str(tmp_path), str(tmp_path / "out"), HERE)
 
 
 def test_models_come_where_they_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
