@@ -180,6 +180,9 @@ def main() -> None:
             collect(options, wanted)
     except WheelhouseError as error:
         sys.exit(f"wheelhouse failed: {error}")
+    except KeyboardInterrupt:
+        print("wheelhouse interrupted: run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
 
 
 def check_clone() -> None:
@@ -219,8 +222,12 @@ def resolved(options: argparse.Namespace) -> list[str]:
     command += ["-c", str(constraints), *(part for extra in extras for part in ("--extra", extra))]
     command += ["--index-strategy", "unsafe-best-match", *torch_index(options, "--index")]
     lines = run([sys.executable, "-m", *command, str(ROOT / "pyproject.toml"), "-"], input="\n".join(more)).splitlines()
-    excluded = {normalised(name) for name in options.exclude} | set([] if options.cuda else UNWANTED)
-    return [line for line in lines if "==" in line and normalised(line.split("==")[0]) not in excluded]
+    wanted = {normalised(line.split("==")[0]): line for line in lines if "==" in line}
+    unknown = [name for name in options.exclude if normalised(name) not in wanted]
+    if unknown:
+        raise WheelhouseError(f"EXCLUDE: the packages have no {', '.join(unknown)}; --dry-run lists their names")
+    excluded = {*map(normalised, options.exclude), *([] if options.cuda else UNWANTED)}
+    return [line for name, line in wanted.items() if name not in excluded]
 
 
 def torch_index(options: argparse.Namespace, flag: str) -> list[str]:

@@ -186,6 +186,31 @@ def test_the_index_of_torch_is_asked_only_for_torch(
     assert house.torch_index(options, "--index") == (["--index", "https://torch.example/cpu"] if asks else [])
 
 
+def test_a_misspelt_package_to_leave_out_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = options_of(tmp_path / "house")
+    monkeypatch.setitem(house.resolved.__globals__, "run", lambda command, input="": "aiohttp==3.1\nMarkup_Safe==2.0\n")
+    options.exclude = ["markup-safe"]
+    assert house.resolved(options) == ["aiohttp==3.1"]
+    options.exclude = ["aiohttp", "markup-safee"]
+    with pytest.raises(house.WheelhouseError, match=r"^EXCLUDE: the packages have no markup-safee; "):
+        house.resolved(options)
+
+
+def test_an_interrupted_collection_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for name, value in {"check_clone": lambda: None, "resolved": interrupted}.items():
+        monkeypatch.setitem(house.main.__globals__, name, value)
+    monkeypatch.setattr(sys, "argv", ["setup_wheelhouse.py", str(tmp_path / "house")])
+    with pytest.raises(SystemExit) as end:
+        house.main()
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "wheelhouse interrupted: run the same command again to go on\n"
+
+
 def test_two_models_of_one_name_are_refused(tmp_path: Path) -> None:
     models = [tmp_path / "runs" / run / "student" for run in "ab"]
     for model in models:
