@@ -25,6 +25,7 @@ from pipeline.instructions import asked_of_student, told_to_teacher
 from pipeline.lineage import read_lineage, taught_by
 from pipeline.models import PREFIX, embedded_folder, explained, is_path, model_folder
 from pipeline.recipe import Recipe
+from pipeline.recipe_sources import expanded
 from pipeline.records import Kept, Prompt
 from pipeline.resources import GIB, half_dtype, read_or_empty
 from pipeline.rundir import RunDir
@@ -98,7 +99,7 @@ def check_models(recipe: Recipe) -> None:
 
 def _other(key: str, reference: str) -> Subject:
     """Another model that the recipe names; the folder of a run stands for its student."""
-    path = Path(reference).expanduser()
+    path = expanded(reference)
     folder = path / "student" if (path / "student").is_dir() else path
     label = f"student of {folder.parent.name}" if folder.name == "student" and folder.is_dir() else path.name
     base = base_of(folder)

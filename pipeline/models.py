@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import DistillError, RecipeError, UsageError, first_line
+from pipeline.recipe_sources import expanded
 from pipeline.rundir import replacing_folder, waiting_lock
 
 PREFIX = "embedded:"
@@ -60,7 +61,7 @@ def resolve_model(reference: str) -> str:
             _fetch_embedded(reference.removeprefix(PREFIX), embedded)
         return str(embedded)
     if is_path(reference):
-        folder = Path(reference).expanduser()
+        folder = expanded(reference)
         if not (folder / "config.json").is_file():
             state = "has no config.json" if folder.is_dir() else "is not there"
             where = "" if folder.is_absolute() else f" (relative to {Path.cwd()})"
@@ -116,13 +117,16 @@ def embedded_folder(reference: str) -> Path | None:
 
 
 def cache_folder() -> Path:
-    """Where what is fetched once is kept: $DISTILL_CACHE, or ~/.cache/distillate."""
-    return Path(os.environ.get("DISTILL_CACHE") or "~/.cache/distillate").expanduser()
+    """Where what is fetched once is kept: $DISTILL_CACHE, or ~/.cache/distillate. Raises UsageError without a home."""
+    folder = expanded(os.environ.get("DISTILL_CACHE") or "~/.cache/distillate")
+    if str(folder).startswith("~"):
+        raise UsageError(f"{folder}: no such home folder is known; set HOME, or DISTILL_CACHE to a folder")
+    return folder
 
 
 def local_folder(reference: str) -> Path | None:
     """The model's folder on this machine: the reference itself, or a fetched embedded model; None otherwise."""
-    folder = embedded_folder(reference) or Path(reference).expanduser()
+    folder = embedded_folder(reference) or expanded(reference)
     return folder if folder.is_dir() else None
 
 

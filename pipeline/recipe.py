@@ -20,7 +20,7 @@ from pipeline.filters_config import FiltersConfig
 from pipeline.generate_config import GenerateConfig
 from pipeline.prompts_config import HUB, PromptsConfig, slot_values
 from pipeline.recipe_errors import explain_all, explain_flag
-from pipeline.recipe_sources import ENV_PREFIX, Variables, Yaml, check_variables, read_yaml
+from pipeline.recipe_sources import ENV_PREFIX, Variables, Yaml, check_variables, expanded, read_yaml
 from pipeline.records import folded
 from pipeline.sampling_config import SamplingConfig
 from pipeline.section import BudgetConfig, Section
@@ -157,4 +157,4 @@ def _place_files(data: dict[str, Any], folder: Path) -> None:
             continue
         given = values.get(key)
         if isinstance(given, str) and is_file_name(given) and not given.startswith(HUB):
-            values[key] = str((folder / Path(given).expanduser()).absolute())
+            values[key] = str((folder / expanded(given)).absolute())

@@ -143,6 +143,11 @@ def _keep_as_written(values: yaml.Node) -> None:
             item.tag = "tag:yaml.org,2002:str"
 
 
+def expanded(given: str | Path) -> Path:
+    """A path with `~` as a home folder; as it is if that folder is not known (`~nobody/x`): then it is not there."""
+    return Path(os.path.expanduser(given))  # noqa: PTH111, pathlib raises RuntimeError
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The sections of a recipe. Raises RecipeError if the file cannot be read, is no mapping, or has a key twice."""
     try:

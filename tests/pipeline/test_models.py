@@ -1,6 +1,7 @@
 """Model references, and the embedded model: fetched once, checked, whole or not there at all."""
 
 import hashlib
+import pwd
 import subprocess
 import sys
 import zipfile
@@ -72,6 +73,10 @@ def test_a_folder_with_a_model_is_itself(tmp_path, monkeypatch):
             "./empty",
             "model ./empty: the folder has no config.json (relative to {here}); give a model folder or a Hub id",
         ),
+        (
+            "~no-such-user/m",
+            "model ~no-such-user/m: the folder is not there (relative to {here}); give a model folder or a Hub id",
+        ),
         ("embedded:nothing", "model embedded:nothing: no such embedded model; there are smollm2-135m"),
     ],
 )
@@ -81,6 +86,17 @@ def test_a_wrong_reference_is_one_line(tmp_path, monkeypatch, reference, says):
     with pytest.raises(UsageError) as error:
         resolve_model(reference)
     assert str(error.value).startswith(says.format(here=tmp_path))
+
+
+def test_a_user_without_a_home_folder_is_told_what_to_set(monkeypatch):
+    def unknown(uid):
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for variable in ("HOME", "DISTILL_CACHE"):
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(UsageError, match=r"^~/\.cache/distillate: .* set HOME, or DISTILL_CACHE"):
+        resolve_model("embedded:smollm2-135m")
 
 
 def test_an_embedded_model_is_fetched_once(tiny, tmp_path, wheels, capsys):

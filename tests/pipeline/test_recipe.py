@@ -87,6 +87,8 @@ def test_files_that_the_recipe_names_are_relative_to_it(
         assert recipe.evaluate.probes_file.resolve() == tmp_path / "probes.jsonl"
         assert recipe.train.test_rows is not None and recipe.train.test_rows.resolve() == tmp_path / "test.jsonl"
         assert recipe.prompts.file.is_absolute()  # so that the saved recipe.yaml means the same file
+    path.write_text("name: tiny\nteacher: {model: m}\nprompts: {file: ~no-such-user/p.jsonl}\n")
+    assert load_recipe(path).prompts.file == tmp_path / "~no-such-user/p.jsonl"
     flag = load_recipe(path, ["--prompts.file", "p.jsonl"])
     assert flag.prompts.file == Path("p.jsonl")  # a flag is relative to where the command is given
 
