@@ -1,6 +1,7 @@
 """What a recipe is read from: its YAML, and the DISTILL_* variables. `load_recipe` puts them and the flags together."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ YAML_FIXES = {  # by a part of PyYAML's message
     "unhashable key": QUOTE_START,
     "recursion depth": "a value is nested too deeply; make it flatter, or text",
 }
+INT = "tag:yaml.org,2002:int"
+DECIMAL = re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$")  # PyYAML reads 010 as 8, and 1:30 as 90
 TEXTS = (("prompts", "slots"), ("evaluate", "unseen"))  # mappings to lists of texts
 
 
@@ -97,7 +100,7 @@ def _mapping_above(section: type[Section] | None, keys: list[str]) -> list[str] 
 class _Loader(yaml.SafeLoader):
     """Refuses a key that is given twice, which PyYAML takes in silence, and leaves values of slots as they are written.
 
-    PyYAML makes 7 of 007, 750 of 12:30, and True of yes.
+    PyYAML makes 7.0 of 7.00, and True of yes.
     """
 
     def get_single_node(self) -> yaml.Node | None:
@@ -122,7 +125,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {  # dates are texts: JSON, and so a request, has none
-    first: [(tag, pattern) for tag, pattern in tags if tag != "tag:yaml.org,2002:timestamp"]
+    first: [(tag, DECIMAL if tag == INT else pattern) for tag, pattern in tags if tag != "tag:yaml.org,2002:timestamp"]
     for first, tags in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 

@@ -266,6 +266,17 @@ def test_values_of_slots_are_texts_as_they_are_written(path: Path) -> None:
     assert recipe.evaluate.unseen == {"a": ["8", "off"]}
 
 
+def test_a_number_is_what_people_read(path: Path) -> None:
+    """YAML 1.1 has octal numbers, and those to the base 60."""
+    head = "name: tiny\nteacher: {model: m}\nprompts: {template: x, count: "
+    path.write_text(head + "010}\nsampling: {max_tokens: 1_000}\n")
+    recipe = load_recipe(path)
+    assert (recipe.prompts.count, recipe.sampling.max_tokens) == (10, 1000)
+    path.write_text(head + "1:30}\n")
+    with pytest.raises(RecipeError, match=r"prompts\.count should be a valid integer, .*, got '1:30'"):
+        load_recipe(path)
+
+
 def test_dates_are_texts_as_they_are_written(path: Path) -> None:
     path.write_text(
         "name: 2026-01-01\nteacher: {model: m, query: {api-version: 2024-10-21}}\n"
