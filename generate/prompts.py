@@ -25,6 +25,10 @@ from pipeline.records import LONGEST_LINE, LONGEST_PROMPT, Json, Message, Prompt
 from pipeline.turns_and_tools import Turn, conversation, read_tools
 
 ID_BYTES = 8
+SHAPE = (
+    "`prompt`, each `content` and each slot are text (no images, no lists of parts), `id` is text or a whole number; "
+    "write it so, or name other columns in prompts.columns"
+)
 _encoder = msgspec.json.Encoder()
 
 
@@ -107,7 +111,9 @@ def _prompts_of_rows(config: PromptsConfig) -> Iterator[tuple[str, Prompt]]:
     for where, row in read_rows(config):
         try:
             yield where, make_prompt(_prompt_row(row, config), config.system, config.tools)
-        except (ValueError, msgspec.ValidationError) as error:
+        except msgspec.ValidationError as error:
+            raise DataError(f"{where}: {error}; {SHAPE}") from None
+        except ValueError as error:
             raise DataError(f"{where}: {error}") from None
         except RecursionError:
             raise DataError(f"{where}: {TOO_DEEP}") from None

@@ -108,6 +108,8 @@ def _csv_rows(path: Path) -> Iterator[Row]:
             first = next(texts, "")
             reader = csv.reader(chain([first], texts), delimiter=max(",;\t", key=first.count), strict=True)
             names = [name.strip() for name in next(reader, [])]
+            if first and not names:
+                raise DataError(f"{path}:1: the line is empty, but the first line names the columns; remove it")
             _check_names(f"{path}:1", names)
             while True:
                 number = reader.line_num + 1
@@ -150,7 +152,10 @@ def _folder_rows(path: Path, split: str | None) -> Iterator[Row]:
     def rows() -> Iterable[Json]:
         return _one_split(path, datasets.load_from_disk(str(path)), split)
 
-    advice = "give a folder that `datasets` saved (save_to_disk), without columns that cannot be read"
+    advice = (
+        "give a folder that `datasets` saved (save_to_disk; rows() of a .py file may read several other files), "
+        "without columns that cannot be read"
+    )
     return _of_arrow(path, _guarded(path, rows, advice))
 
 

@@ -308,6 +308,12 @@ def test_a_damaged_folder_is_one_line(tmp_path: Path) -> None:
         prompts_of(tmp_path / "rows")
 
 
+def test_a_folder_of_files_is_told_what_reads_several(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
+    with pytest.raises(DataError, match=r"give a folder that .*; rows\(\) of a \.py file may read several other"):
+        prompts_of(tmp_path)
+
+
 def test_two_columns_of_one_name_are_refused_in_parquet_too(tmp_path: Path) -> None:
     """Arrow's rows would have the later one only."""
     import pyarrow
@@ -335,6 +341,7 @@ def test_two_columns_of_one_name_are_refused_in_parquet_too(tmp_path: Path) -> N
             "0xe9 in position 3: invalid continuation byte; save it as CSV UTF-8",
         ),
         ("p.csv", "", {}, "p.csv: no prompts in it"),
+        ("p.csv", "\nprompt\na\n", {}, "p.csv:1: the line is empty, but the first line names the columns; remove it"),
         ("p.csv.gz", gzip.compress(b"prompt\na\n"), {}, "unpack a .gz or .zst first"),
         ("p.csv", "question,gold\na,b\n", {}, "p.csv:2: give either `messages` or `prompt`, or name its column"),
         ("p.csv", "question,gold\na,b\n", {"columns": {"prompt": "qestion"}}, "p.csv:2: no column 'qestion', which"),
