@@ -58,7 +58,7 @@ def main() -> None:
         for line in dry_run.describe(first, dry_run.dry_run(first, folder, retry_failures=options.retry_failures)):
             print(line)
         if recipe.prompts.user:
-            print("this is the first answer only: the turns of prompts.user depend on it, and each costs more")
+            print("this is the first answer only: the turns of prompts.user depend on it, and those to come cost more")
         return
     summary = generate(
         recipe,

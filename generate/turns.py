@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from generate.budget import known_price, shared_budget
+from generate.client import check_teacher
 from generate.context import asked_rows
 from generate.jobs import build_jobs
 from generate.prompts import iter_prompts
@@ -51,6 +52,7 @@ def passes(recipe: Recipe, run: RunDir) -> Iterator[tuple[Recipe, RunDir]]:
         yield asking(recipe.prompts, run), run
         return
     known_price(_as_user(recipe, user), "prompts.user.price")
+    check_teacher(_as_user(recipe, user).teacher)
     _check_names(recipe)
 
     own = recipe.prompts

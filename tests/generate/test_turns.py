@@ -339,6 +339,14 @@ def test_a_user_that_refuses_the_key_is_named_and_the_answers_are_kept(run: RunD
     assert (len(teacher.asked), len(completions(RunDir(run.path / "turns/1-teacher")))) == (3, 3)
 
 
+def test_a_wrong_url_of_the_user_is_told_before_the_teacher_is_asked(run: RunDir) -> None:
+    with misbehaving() as teacher:
+        user = MisbehavingServer("http://127.0.0.1:1/v1/chat/completions")
+        with pytest.raises(RecipeError, match=r"^prompts\.user\.base_url .* is too long"):
+            generate(talk(teacher, user), run, quiet=True)
+    assert not teacher.asked
+
+
 def test_batch_files_are_refused_and_a_dry_run_shows_the_first_pass(
     run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -350,7 +358,11 @@ def test_batch_files_are_refused_and_a_dry_run_shows_the_first_pass(
     monkeypatch.setattr("sys.argv", ["generate", str(recipe), "--run", str(run.path), "--dry-run"])
     main()
     said = capsys.readouterr().out
-    assert "2 requests" in said and "this is the first answer only" in said and not run.path.exists()
+    assert (
+        "2 requests" in said
+        and "turns of prompts.user depend on it, and those to come cost more" in said
+        and not run.path.exists()
+    )
     monkeypatch.setattr("sys.argv", ["generate", str(recipe), "--run", str(run.path), "--write-batches"])
     with pytest.raises(UsageError, match=r"prompts\.user has several"):
         main()
