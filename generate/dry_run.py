@@ -15,8 +15,10 @@ from generate.jobs import shared
 from generate.journal import read_journal
 from generate.prices import PICO, PRICED_TOKENS, Price, source_of
 from generate.progress import Counters, prompt_warnings, requests_of
+from generate.targets import urls_now
 from generate.tokens import bound, counter
 from pipeline.address import is_private
+from pipeline.errors import RecipeError
 from pipeline.recipe import Recipe
 from pipeline.records import Completion, Failure
 from pipeline.rundir import RunDir
@@ -80,6 +82,10 @@ def dry_run(recipe: Recipe, run: RunDir, *, retry_failures: bool = False) -> Dry
         dry.reserved_tokens = max(dry.reserved_tokens, most - tokens)
     dry.prompts, dry.requests, dry.answered = counters.prompts, counters.total, counters.resumed
     dry.warnings = list(prompt_warnings(recipe.prompts, counters))
+    try:
+        urls_now(recipe.teacher)
+    except RecipeError as error:  # `serve --cluster` may write the file later
+        dry.warnings.append(f"warning: {error}")
     dry.completion_tokens = dry.to_ask * recipe.sampling.max_tokens
     dry.expected_prompt_tokens = dry.prompt_tokens if dry.counted else None
     if len(found.ids) >= ENOUGH_ANSWERS and found.completion_tokens:

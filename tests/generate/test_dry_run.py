@@ -184,3 +184,13 @@ def test_a_budget_in_usd_without_a_price_is_refused(tmp_path: Path) -> None:
     recipe = planned(5, teacher={"model": "teacher-x", "base_url": URL}, budget={"usd": 2})
     with pytest.raises(RecipeError, match=r"budget\.usd is 2, .*set teacher\.price"):
         dry_run(recipe, RunDir(tmp_path / "run"))
+
+
+def test_a_file_of_servers_that_is_not_there_is_a_warning(tmp_path: Path) -> None:
+    """The run itself ends with that line; `serve --cluster` may write the file until then."""
+    recipe = planned(1, teacher={**PRICED, "urls_file": tmp_path / "urls.txt"})
+    said = describe(recipe, dry_run(recipe, RunDir(tmp_path / "run")))
+    assert (
+        said[-1]
+        == f"warning: teacher.urls_file {tmp_path}/urls.txt: No such file or directory; it needs one URL per line"
+    )
