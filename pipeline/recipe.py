@@ -144,7 +144,7 @@ def load_recipe(path: Path, flags: list[str] | None = None) -> Recipe:
         sources = _Sources(_cli_parse_args=flags, _cli_exit_on_error=False, **data)
         return Recipe(**dict(sources))
     except SettingsError as error:
-        raise RecipeError(explain_flag(error)) from None
+        raise RecipeError(explain_flag(error, flags)) from None
     except ValidationError as error:
         raise RecipeError("\n".join(explain_all(error.errors(), Recipe, path, flags))) from None
 

@@ -94,12 +94,16 @@ def advice(problem: "ErrorDetails") -> str:
     return ""
 
 
-def explain_flag(error: SettingsError) -> str:
+def explain_flag(error: SettingsError, flags: list[str]) -> str:
     """A flag that could not be read, as `--key: what is wrong`."""
     found = re.search(r'field "([\w.]+)"|encountered for ([\w.]+):', str(error))  # in the words of pydantic-settings
     if found is None:
         return str(error).removeprefix("error parsing CLI: ")
-    return f"--{found[1] or found[2]}: its value is no JSON; give JSON, in single quotes for the shell"
+    key = found[1] or found[2]
+    if within := [flag.split("=")[0] for flag in flags if flag.startswith(f"--{key}.")]:  # it names the section only
+        variable = f"{ENV_PREFIX}{key.upper()}__…"
+        return f"{', '.join(within)}: no JSON that a flag can hold; check it, or give it in the recipe or as {variable}"
+    return f"--{key}: its value is no JSON; give JSON, in single quotes for the shell"
 
 
 def _flag_or_variable(names: Sequence[str], flags: list[str]) -> str | None:

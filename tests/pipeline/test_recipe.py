@@ -117,6 +117,11 @@ def test_a_section_of_the_wrong_shape_is_an_error_and_no_crash(path: Path, secti
         ("sampling: {}", ["--sampling.topp", "2"], "unrecognized arguments: --sampling.topp"),
         ("sampling: {}", ["--budget", "x"], "--budget: its value is no JSON; give JSON, in single quotes"),
         (
+            "serve: {}",
+            ["--serve.args", '["--hf-overrides={\\"a\\": 1}"]'],
+            "--serve.args: no JSON that a flag can hold; check it, or give it in the recipe or as DISTILL_SERVE__…",
+        ),
+        (
             "sampling: {}",
             ["--teacher.headers", "3"],
             "--teacher.headers: its value is no JSON; give JSON, in single quotes",
