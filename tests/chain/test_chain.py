@@ -21,6 +21,7 @@ from serve.server import free_port
 from tests.tiny_student import tiny_model
 
 PROMPTS = 24
+LAMP = '[{"type": "function", "function": {"name": "lamp", "parameters": {}}}]'
 
 
 @pytest.fixture
@@ -157,6 +158,7 @@ def test_a_missing_teacher_folder_stops_the_chain_with_one_line(recipe: Path, tm
         ({"report_to": "[tensorboard]"}, "tensorboard is not installed"),
         ({"method": "on_policy", "on_policy.rollouts": "vllm"}, "rollouts vllm needs a GPU"),
         ({"loss_on": "all"}, "chat template does not mark what the assistant says"),
+        ({"tools": LAMP}, "check tools: the student's chat template does not render tool calls"),
     ],
 )
 def test_what_cannot_be_trained_is_told_before_anything_is_asked(
@@ -174,7 +176,7 @@ def test_what_cannot_be_trained_is_told_before_anything_is_asked(
     tokenizer.save_pretrained(other)
     flags = ["--student.model", str(student), "--train.accept", "[licence]"]
     flags += ["--teacher.model", given.get("teacher", str(student)).replace("OTHER", str(other))]
-    flags += [f"--train.{name}={value}" for name, value in given.items() if name != "teacher"]
+    flags += [f"--{'prompts' if name == 'tools' else 'train'}.{name}={given[name]}" for name in {*given} - {"teacher"}]
     with pytest.raises((RecipeError, UsageError), match=word):
         main([str(recipe), "--run", str(tmp_path / "run"), *flags, *dry])
     assert not (tmp_path / "run").exists()

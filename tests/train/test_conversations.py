@@ -13,11 +13,12 @@ from msgspec.structs import replace
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from pipeline.errors import DataError, RecipeError
+from pipeline.errors import DataError, RecipeError, UsageError
 from pipeline.reasoning import reasoning_form
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, Message, read_jsonl
 from tests.tiny_student import CHATML, kept_row, log_of, make_recipe, make_run, tiny_model
+from train.checks.before import check_student
 from train.checks.data import row_checks
 from train.checks.pair import thoughts_check, told_only, tools_check
 from train.publish.export import export_dataset
@@ -137,6 +138,8 @@ def test_a_template_that_drops_the_reasoning_stops_a_training_that_keeps_it(stud
     found = [thoughts_check(AutoTokenizer.from_pretrained(student(one)), keep) for one in (CHATML, QWEN3, DROPPING)]
     assert [check.status for check in found] == ["pass", "pass", "fail"]
     assert "student.chat_template" in found[2].fix
+    with pytest.raises(UsageError, match=r"^check thoughts: .*; nothing was asked$"):  # before answers are paid
+        check_student(make_recipe(student(DROPPING), reasoning="keep"))
 
 
 @pytest.mark.parametrize(("thoughts", "status"), [(0, "warn"), (2, "note"), (3, "pass")])

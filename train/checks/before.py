@@ -5,12 +5,15 @@ Looks at settings, small files and this machine; a served teacher is asked once.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+from generate.prompts import iter_prompts
 from pipeline.errors import UsageError
 from pipeline.models import embedded_folder, resolve_model
 from pipeline.recipe import Recipe
 from pipeline.records import Kept
 from pipeline.rundir import RunDir
+from train.checks.pair import thoughts_check, tools_check
 from train.preferences import check_start, start_of
 from train.processes import ALONE, Processes
 from train.rows import read_test_rows
@@ -45,7 +48,7 @@ def check_trainable(recipe: Recipe, run: RunDir) -> None:
 
 
 def check_student(recipe: Recipe) -> None:
-    """Raises UsageError if the student, or the model that it is made of, cannot be read, or has no marks for loss_on.
+    """Raises UsageError if the student, or the model that it is made of, cannot be read, or has no fit template.
 
     Of a model on the Hub only the tokenizer is fetched, or the configuration if layers are taken of it; an embedded
     model is not fetched.
@@ -70,6 +73,16 @@ def check_student(recipe: Recipe) -> None:
             from train.trainer import check_marks  # here: trainers are slow to import
 
             check_marks(tokenizer)
+        check_template(recipe, tokenizer)
+
+
+def check_template(recipe: Recipe, tokenizer: Any) -> None:
+    """Raises UsageError if the student's template leaves out what its rows will have: tools, or thoughts to learn."""
+    checks = [tools_check(tokenizer, ())] if any(prompt.tools for prompt in iter_prompts(recipe)) else []
+    checks += [thoughts_check(tokenizer, recipe.train)] if recipe.train.reasoning == "keep" else []
+    for check in checks:
+        if check.status == "fail":
+            raise UsageError(f"check {check.name}: {check.finding}; {check.fix}; nothing was asked")
 
 
 @extra_needed()
