@@ -138,7 +138,7 @@ def test_an_answer_that_nobody_waits_for_is_stopped_at_the_server() -> None:
 
     with misbehaving(lambda asked: endless(left)) as server:
         asyncio.run(leave(model_at(server.url)))
-        assert left.wait(30)
+        assert left.wait(100)
 
 
 def test_what_runs_already_is_used_but_for_an_earlier_student(
@@ -304,8 +304,7 @@ def test_whatever_a_server_fails_with_is_said(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(chat.models, "reference_of", damaged)
     model = Model(AFTER, "student after", recipe_for("http://127.0.0.1:1/v1"))
     with starting([model], RunDir(tmp_path)):
-        until = time.monotonic() + 10
-        while model.state == "starting" and time.monotonic() < until:
+        while model.state == "starting":
             time.sleep(0.01)
     assert (model.state, model.said) == ("failed", "incomplete metadata")
 

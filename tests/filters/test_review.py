@@ -173,7 +173,7 @@ def test_the_page_says_that_the_disk_is_full(run: RunDir, browser_page: Page) ->
         browser_page.wait_for_selector("#problem:not([hidden])")
         assert browser_page.inner_text("#problem") == f"{run.reviews}: No space left on device"
         process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=20)[1]
+        said = process.communicate()[1]
     assert said.splitlines()[0] == f"error: {run.reviews}: No space left on device" and "Traceback" not in said
 
 
@@ -404,7 +404,7 @@ def test_twenty_are_reviewed_over_a_kill(run: RunDir, browser_page: Page) -> Non
         process.send_signal(signal.SIGINT)
         assert process.stdout
         assert "agreement with the person" in process.stdout.read()
-        assert process.wait(20) == 0
+        assert process.wait() == 0
     reviews = read_reviews(run)
     assert len(reviews) == 20
     expected = Counter(reject=5, accept=4, skip=1) + Counter(accept=10)
@@ -453,7 +453,7 @@ def test_however_it_is_ended_it_says_no_traceback(run: RunDir, signals: list[sig
             urllib.request.urlopen(f"{url}state").read()
             for number in signals:
                 process.send_signal(number)
-            _, said = process.communicate(timeout=20)
+            _, said = process.communicate()
             assert (process.returncode, said) == (0, "")
 
 

@@ -106,11 +106,11 @@ def test_limits_in_headers_are_learnt(run: RunDir, capsys: pytest.CaptureFixture
 def test_one_request_stuck_for_ever_ends_as_a_failure_and_holds_nobody_up(run: RunDir) -> None:
     stuck = answer(delay_s=600)
     with misbehaving(lambda asked: stuck if asked.text == "say 3" else answer()) as server:
-        config = {"concurrency": 4, "request_timeout_s": 1.0, "deadline_s": 2.6, "max_attempts": 99}
+        config = {"concurrency": 4, "request_timeout_s": 2.0, "deadline_s": 5.9, "max_attempts": 99}
         summary = generate(recipe_for(server, 100, generate=config), run, quiet=True)
     assert (summary.answered, summary.failed) == (99, 1)
     (failure,) = failures(run)
-    assert (failure.error, failure.slots, failure.attempts) == ("timeout", {"n": "3"}, 3)  # 1.0 + 1.0 + the 0.6 left
+    assert (failure.error, failure.slots, failure.attempts) == ("timeout", {"n": "3"}, 3)  # 2.0 + 2.0 + the 1.9 left
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_one_sigterm_ends_a_stage_and_what_started_it(ignores_sigint: bool) -> N
     assert process.stdout
     assert process.stdout.readline() == "at work\n"
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=20)[1]  # ends with the last process that can write to it
+    said = process.communicate()[1]  # ends with the last process that can write to it
     assert process.returncode == 130
     assert said.splitlines() == 2 * ["interrupted: run the same command again to go on"]
 
@@ -48,5 +48,5 @@ def test_a_stage_ends_in_order_when_what_started_it_is_killed() -> None:
     assert process.stdout
     assert process.stdout.readline() == "at work\n"
     process.kill()
-    said = process.communicate(timeout=20)[1]  # ends with the last process that can write to it
+    said = process.communicate()[1]  # ends with the last process that can write to it
     assert said == "interrupted: run the same command again to go on\n"

@@ -342,18 +342,23 @@ async def test_a_driver_that_is_killed_before_it_removed_what_it_read_leaves_no_
 
 
 async def test_a_worker_may_take_longer_than_a_lease_to_start(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    cluster = FakeCluster(1)
+    cluster, lease_s = FakeCluster(1), 1.0
     begin = cluster.start
 
     def slowly(node: Node, name: str, *args: Any) -> FakeActor:
-        actor = begin(node, name, *args)
+        actor = begin(node, name, *args[:-1], LEASE_S)
         actor.thawed.clear()
-        asyncio.get_running_loop().call_later(1.5, actor.thawed.set)
         return actor
+
+    async def thaw(driver: Driver) -> None:
+        await asyncio.sleep(1.5 * lease_s)
+        driver._leases._lease_s = LEASE_S  # a busy machine must not lose it once it has started
+        (actor,) = cluster.actors.values()
+        actor.thawed.set()
 
     monkeypatch.setattr(cluster, "start", slowly)
     with misbehaving() as server:
-        summary = await drive(recipe_for(server, 20), run, cluster, lease_s=1.0)
+        summary = await drive(recipe_for(server, 20), run, cluster, thaw, lease_s=lease_s)
     assert (summary.answered, len(cluster.actors)) == (20, 1)
 
 
