@@ -2,8 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -61,6 +64,17 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, RunDir]:
     return recipe, run
 
 
+@pytest.fixture(scope="module")
+def exported(taught: tuple[Recipe, RunDir], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of an export of a type, which is made once."""
+
+    @cache
+    def folder_of(kind: str) -> Path:
+        return Path(shutil.copytree(export_gguf(*taught, kind), tmp_path_factory.mktemp("exported") / kind))
+
+    return folder_of
+
+
 def by_transformers(folder: Path, conversations: list[Any], max_tokens: int) -> list[str]:
     """The greedy answers of a model folder, in float32."""
     import torch
@@ -90,9 +104,11 @@ def by_llama_cpp(file: Path, conversations: list[Any], max_tokens: int) -> list[
 
 
 @pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0"])
-def test_llama_cpp_answers_as_the_folder_does(taught: tuple[Recipe, RunDir], kind: str) -> None:
-    recipe, run = taught
-    folder = export_gguf(recipe, run, kind)
+def test_llama_cpp_answers_as_the_folder_does(
+    taught: tuple[Recipe, RunDir], exported: Callable[[str], Path], kind: str
+) -> None:
+    _, run = taught
+    folder = exported(kind)
     (file,) = folder.glob("*.gguf")
     assert file.name == f"small-{kind}.gguf"
     asked = [
@@ -111,12 +127,14 @@ def test_llama_cpp_answers_as_the_folder_does(taught: tuple[Recipe, RunDir], kin
 
 
 def test_a_file_that_is_not_the_student_is_refused(
-    taught: tuple[Recipe, RunDir], monkeypatch: pytest.MonkeyPatch
+    taught: tuple[Recipe, RunDir], exported: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe, run = taught
+    converted = exported("f16") / "small-f16.gguf"
+    monkeypatch.setattr(train.publish.to_gguf, "_convert", lambda folder, file, kind: shutil.copy(converted, file))
+    export_gguf(*taught, "f16")
     monkeypatch.setattr(train.publish.to_gguf, "measure_weights", lambda folder: SimpleNamespace(parameters=7))
     with pytest.raises(DistillError, match="read back, it has other parameters than"):
-        export_gguf(recipe, run, "f16")
+        export_gguf(*taught, "f16")
 
 
 def test_what_cannot_be_converted_is_one_line(taught: tuple[Recipe, RunDir], tmp_path: Path) -> None:
