@@ -1,5 +1,6 @@
 """What several test files share: a real vLLM server of the embedded model, and small recipes and model folders."""
 
+import os
 import signal
 from collections.abc import Generator, Iterator
 from subprocess import CalledProcessError
@@ -13,6 +14,10 @@ from serve.server import Server, free_port, serving
 
 EMBEDDED = "embedded:smollm2-135m"
 START_TIMEOUT_S = 900  # a first start on a busy machine
+
+# Several tests and their servers share the cores. OpenMP's threads, torch's and vLLM's, would wait for each other by
+# keeping a core busy, which the thread that they wait for needs. It is read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # A shell starts what runs in its background with Ctrl-C ignored, and children inherit that: tests that interrupt a
 # child would wait forever.
