@@ -15,13 +15,15 @@ from transformers import AutoTokenizer
 
 from chain.__main__ import main
 from pipeline.errors import RecipeError, UsageError
+from pipeline.models import resolve_model
 from pipeline.records import Completion, Dropped, Kept, read_jsonl
 from pipeline.rundir import RunDir
 from serve.server import free_port
 from tests.tiny_student import tiny_model
 
-PROMPTS = 24
 LAMP = '[{"type": "function", "function": {"name": "lamp", "parameters": {}}}]'
+PROMPTS = 16
+MIB = 1 << 20
 
 
 @pytest.fixture
@@ -32,7 +34,8 @@ def recipe(tmp_path: Path) -> Path:
     small["teacher"]["base_url"] = f"http://127.0.0.1:{free_port()}/v1"
     small["student"] = {"model": "prune:2"}
     small["prompts"]["count"] = PROMPTS
-    small["sampling"]["max_tokens"] = 120
+    small["sampling"]["max_tokens"] = 48
+    small["serve"] = {"kv_cache_gib": 1}
     small["generate"]["concurrency"] = 4
     small["filters"]["rules"] = [{"rule": "length", "min_chars": 20, "max_chars": 2000}]
     small["train"]["epochs"] = 1
@@ -121,6 +124,9 @@ def test_the_chain_interrupted_and_run_again_ends_with_a_measured_student(
         assert {"passing", "loops"} <= figures["seen"].keys() & figures["unseen"].keys(), model
         for name in ("first_token_s", "tokens_per_s", "tokens_per_s_alone", "peak_rss_mib", "kv_bytes_per_token"):
             assert figures["engine"][name]["value"] > 0, (name, model)
+    weights = (Path(resolve_model("embedded:smollm2-135m")) / "model.safetensors").stat().st_size / MIB
+    engines = {model["key"]: model["figures"]["engine"] for model in report["models"]}
+    assert engines["teacher"]["peak_rss_mib"]["value"] > weights + 1024  # MiB of KV cache
 
     before = run.report.stat().st_mtime_ns
     third = start(recipe, run)

@@ -6,8 +6,9 @@ import shutil
 import signal
 import subprocess
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from pipeline.errors import DistillError, UsageError
 from pipeline.models import resolve_model
 from pipeline.serve_config import ServeConfig
-from serve.server import Server, free_port, serving
+from serve.server import free_port, serving
 from tests.servers.serve_process import command_of, read_until, start, wait_until
 
 EMBEDDED = "embedded:smollm2-135m"
@@ -24,10 +25,30 @@ MIB = 1 << 20
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-def ask(server: Server, **body: object) -> dict:
+class Teacher(NamedTuple):
+    """`python -m serve` with the embedded model, ready."""
+
+    process: "subprocess.Popen[str]"
+    url: str
+    said: str  # so far
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Teacher]:
+    """One for all tests; the last of them interrupts it."""
+    process = start(tmp_path_factory.mktemp("teacher"), EMBEDDED, "--serve.kv_cache_gib", "1")
+    try:
+        said = read_until(process, "Ctrl-C")
+        yield Teacher(process, said.split(f" serves {EMBEDDED}")[0].rsplit(" ", 1)[1], said)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def ask(teacher: Teacher, **body: object) -> dict:
     request = urllib.request.Request(
-        f"{server.base_url}/chat/completions",
-        json.dumps({"model": server.served_name, **body}).encode(),
+        f"{teacher.url}/chat/completions",
+        json.dumps({"model": EMBEDDED, **body}).encode(),
         {"Content-Type": "application/json"},
     )
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=300) as answer:
@@ -38,24 +59,23 @@ def tree(process: "subprocess.Popen[str]") -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
-def test_the_embedded_teacher_answers(teacher_server):
+def test_the_embedded_teacher_answers(teacher):
     answer = ask(
-        teacher_server,
+        teacher,
         messages=[{"role": "user", "content": "What is the capital of France? Answer in one short sentence."}],
         temperature=0,
         max_tokens=32,
     )
     assert "Paris" in answer["choices"][0]["message"]["content"]
     assert answer["model"] == EMBEDDED
-    assert teacher_server.startup_s > 0
 
 
-def test_seeded_prompts_longer_together_than_a_step_do_not_end_the_engine(teacher_server):
+def test_seeded_prompts_longer_together_than_a_step_do_not_end_the_engine(teacher):
     """In chunks, as vLLM prefills by default, they do on a CPU: "CPU Generator does not use offset"."""
     question = "Tell a story about a rabbit, a bear, a cat and a mouse who look for the moon. " * 4  # 80 tokens or so
 
     def answer(seed: int) -> str:
-        asked = ask(teacher_server, messages=[{"role": "user", "content": question}], seed=seed, max_tokens=4)
+        asked = ask(teacher, messages=[{"role": "user", "content": question}], seed=seed, max_tokens=4)
         return asked["choices"][0]["message"]["content"]
 
     with ThreadPoolExecutor(64) as pool:
@@ -63,25 +83,19 @@ def test_seeded_prompts_longer_together_than_a_step_do_not_end_the_engine(teache
     assert len(set(answers)) > 1 and answer(0) == answers[0]
 
 
-def test_its_memory_covers_weights_and_kv_cache(teacher_server):
-    weights = (Path(resolve_model(EMBEDDED)) / "model.safetensors").stat().st_size
-    assert teacher_server.peak_rss() > weights + 1024 * MIB  # the fixture's KV cache is 1 GiB
-
-
-def test_interrupted_in_its_process_group_it_leaves_nothing(tmp_path):
-    process = start(tmp_path, EMBEDDED)
-    said = read_until(process, "Ctrl-C")
+def test_interrupted_in_its_process_group_it_leaves_nothing(teacher):
+    process = teacher.process
     processes = tree(process)
     assert any("EngineCore" in command_of(child) for child in processes)
     os.killpg(process.pid, signal.SIGINT)
     _, rest = process.communicate(timeout=120)
-    assert process.returncode == 130, said + rest
+    assert process.returncode == 130, teacher.said + rest
     assert [child for child in processes if child.is_running()] == []
 
 
 def test_killed_outright_while_its_engine_loads_it_leaves_nothing(tmp_path):
     process = start(tmp_path, EMBEDDED)
-    wait_until(lambda: any("EngineCore" in command_of(child) for child in tree(process)))
+    wait_until(lambda: any("EngineCore" in command_of(child) for child in tree(process)), every_s=0.5)
     processes = tree(process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)

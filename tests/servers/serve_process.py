@@ -53,11 +53,15 @@ def read_until(process: "subprocess.Popen[str]", text: str) -> str:
     raise AssertionError(f"it ended without {text!r}: {read}")
 
 
-def wait_until(true: Callable[[], Result]) -> Result:
+def wait_until(true: Callable[[], Result], every_s: float = 0.05, said: Callable[[], str] = str) -> Result:
+    """Asks now and then; less often where asking looks through all processes of the machine, again and again.
+
+    `said`: what to show if it waits in vain.
+    """
     deadline = time.monotonic() + GIVE_UP_S
     while not (found := true()):
-        assert time.monotonic() < deadline, f"nothing after {GIVE_UP_S} s"
-        time.sleep(0.05)
+        assert time.monotonic() < deadline, f"nothing after {GIVE_UP_S} s: {said()}"
+        time.sleep(every_s)
     return found
 
 
