@@ -27,6 +27,7 @@ from tests.servers import misbehaving_server
 from tests.servers.object_storage import object_storage
 from tests.servers.serve_process import command_of, empty_model, processes_with, server_at, stand_in, wait_until
 from tests.tiny_student import log_of, make_recipe, make_run, story_rows, tiny_model
+from tests.train.conftest import one_thread as one_thread
 from train.run import train_run
 
 pytestmark = [
@@ -92,7 +93,7 @@ def test_servers_come_back_and_nothing_is_left_of_them(
             with serving(tmp_path, address) as process:
                 wait_until(lambda: published(tmp_path, 2))
                 process.kill()
-                wait_until(lambda: vllm(variables) == [])
+                wait_until(lambda: vllm(variables) == [], every_s=0.5)
 
 
 @contextmanager
@@ -160,7 +161,7 @@ def test_nodes_that_share_no_folder_train_a_run_in_a_store(tmp_path: Path) -> No
     (driver := tmp_path / "driver").mkdir()
     alone, temporary = make_run(tmp_path / "alone", story_rows(21)), Path(tempfile.gettempdir())
     train = [sys.executable, "-m", "train", str(tmp_path / "recipe.yaml"), "--force", "--run"]
-    subprocess.run([*train, str(alone.path)], cwd=ROOT, check=True)
+    train_run(recipe, alone, force=True)
     with ray_cluster(2, blind=BLIND, hidden=[driver]) as (address, nodes), object_storage():
         store, told = open_store("s3://bucket/stories"), tmp_path / "told.txt"
         store.put("kept.jsonl", alone.kept)
@@ -173,7 +174,7 @@ def test_nodes_that_share_no_folder_train_a_run_in_a_store(tmp_path: Path) -> No
                 stdout=file,
                 stderr=subprocess.STDOUT,
             )
-        wait_until(lambda: checkpoints(store) or process.poll() is not None)
+        wait_until(lambda: checkpoints(store) or process.poll() is not None, every_s=0.5)
         for worker in nodes[1].workers("RayTrainWorker"):
             worker.kill()
         assert process.wait() == 0, told.read_text()
