@@ -193,11 +193,14 @@ def test_the_converter_ends_when_the_export_is_killed(tmp_path: Path) -> None:
     stand_in.mkdir(parents=True)
     (stand_in / "base.py").write_text(WAITING_CONVERTER.format(pipe=str(pipe)))
     process = subprocess.Popen([sys.executable, "-c", CONVERTING, str(stand_in.parent)])
-    with pipe.open() as said:
-        assert said.readline() == "at work\n"
+    try:
+        with pipe.open() as said:
+            assert said.readline() == "at work\n"
+            process.kill()
+            assert said.read() == ""  # ends with the converter
+    finally:
         process.kill()
-        assert said.read() == ""  # ends with the converter
-    process.wait()
+        process.wait()
 
 
 @pytest.mark.parametrize("template", [CHATML, DEFAULTING, TAGGED])
