@@ -1,11 +1,10 @@
 """How many requests to have in flight at an endpoint: a fixed number, or one that finds itself.
 
 `Concurrency` is a fixed number. `auto` is one of two: `ByQueue`, on a server that shows its queue (vLLM's /metrics),
-keeps its batch full and the queue behind it short; `ByClimbing`, on any other, raises the number until throughput stops
-rising. Both back off on refusals and timeouts as TCP does (a multiplicative decrease; Chiu and Jain 1989), once per
-episode: what was sent before a cut says nothing about it. `ByClimbing` then goes back by halves (as BIC TCP; Xu,
-Harfoush and Rhee 2004). Latency is no guide here: a larger batch makes every answer slower and the whole faster.
-Pure: the time and the observations are passed in by generate.endpoint.
+keeps its batch full and the queue behind it short; generate.climbing's, on any other, raises the number until
+throughput stops rising. Both back off on refusals and timeouts as TCP does (a multiplicative decrease; Chiu and Jain
+1989), once per episode: what was sent before a cut says nothing about it. Latency is no guide here: a larger batch
+makes every answer slower and the whole faster. Pure: the time and the observations are passed in by generate.endpoint.
 """
 
 import re
@@ -24,16 +23,6 @@ DOUBLING_S, QUICK_S, CALM_S = 0.03, 0.1, 5.0
 CALM_AFTER = 10  # looks at which it did not move
 LOOK_SHARE = QUEUE_SHARE / 2  # of an answer's time between two looks: half of the queue has drained by then
 KV_FULL = 0.97  # above it the engine puts requests aside and computes them twice
-
-RISES = 1.2  # twice the requests must bring this factor, or the limit is found
-STEP = 0.1  # of the limit found: probes go so far up and down
-STEP_RISES, STEP_KEEPS = 1.05, 0.975  # what a step up must bring, and what a step down may cost at most
-CALM_ANSWERS = 1024  # to judge a small step by
-HOLD_S = 60.0  # how long the limit stands after a rise that won nothing
-BEYOND = 0.05  # of the limit, up from the number that was refused, round by round
-LEAST_ROUND = 16  # answers, before the limit moves
-FILLED = 0.8  # of the limit must have been in flight for a round to say anything about it
-CUT_KEEPS = 0.85  # of its answers per second an endpoint that refuses must keep after a cut; else the cut was wrong
 
 
 class Load(NamedTuple):
@@ -62,8 +51,11 @@ class Concurrency:
     def answered(self, tokens: int, latency_s: float, in_flight: int, now: float) -> None:
         """An answer of so many tokens came, so long after its request; `in_flight` counts it."""
 
-    def congested(self, sent: float, now: float) -> None:
-        """The server refused (429) or timed out a request that was sent then: one cut for all sent before the cut."""
+    def congested(self, sent: float, now: float, *, overloaded: bool) -> None:
+        """The server refused or timed out a request that was sent then: one cut for all sent before the cut.
+
+        `overloaded`: it cannot do more (a timeout, a full queue); else it will not (429).
+        """
         if sent > self._cut_at:
             self._cut_at = now
             self._cut(now)
@@ -71,8 +63,12 @@ class Concurrency:
     def _cut(self, now: float) -> None:
         """An episode of refusals begins."""
 
-    def sending(self, now: float) -> None:
-        """A request goes out."""
+    def delay(self, now: float) -> float:
+        """Seconds until the next request may go out; 0 for now."""
+        return 0.0
+
+    def sending(self, choices: int, now: float) -> None:
+        """A request for so many answers goes out."""
 
     def share(self, fraction: float) -> None:
         """So much of the server's load is this process's from now on."""
@@ -145,130 +141,6 @@ class ByQueue(Concurrency):
         else:
             step = self.limit // 4
         self.limit = min(self.limit + max(1, step), max(MOST, self.limit))
-
-
-class ByClimbing(Concurrency):
-    """Doubles while that raises throughput, then stays near the number with the best throughput.
-
-    Throughput is the speed of one request times the requests in flight (Little's law), over requests that were sent
-    after the limit last moved: answers come in bursts, and counting them over a moment would measure the burst.
-    """
-
-    def __init__(self, limit: int) -> None:
-        super().__init__(limit)
-        self._best = 0.0  # throughput: tokens per second
-        self._base = limit  # the number that brought it
-        # "double"; "doubt": measures once more, as a pause of a machine looks like the limit; then "settle": probes a
-        # little around. "avoid" once the server refused: back to the number that it refused, and on.
-        self._phase = "double"
-        self._step = 0  # 0: at the limit found; 1 and -1: probing above and below it
-        self._next_step = 1
-        self._begin_round(float("-inf"))
-        # Since the last episode of refusals began to end: when that was, and the replies since.
-        self._since, self._answers, self._refused = 0.0, 0, 0
-        self._refused_at: int | None = None  # the limit under which the episode now open began
-        self._ceiling = limit  # the limit under which the last episode began, open or not
-        self._before: tuple[int, float] | None = None  # that of the episode before, and its answers per second
-        self._hold_until = float("-inf")
-
-    def _begin_round(self, now: float) -> None:
-        """Answers count from here on, if their requests were sent later."""
-        self._round_at, self._count, self._tokens, self._seconds, self._in_flight = now, 0, 0, 0.0, 0
-
-    def answered(self, tokens: int, latency_s: float, in_flight: int, now: float) -> None:
-        """After a round of answers, judges the limit that they were sent under."""
-        self._answers += 1
-        if now - latency_s < self._round_at:
-            return
-        self._count += 1
-        if self._phase == "avoid":
-            self._regrow(now)
-            return
-        self._tokens += max(tokens, 1)
-        self._seconds += latency_s
-        self._in_flight = max(self._in_flight, min(in_flight, self.limit))
-        size = max(2 * self.limit, CALM_ANSWERS) if self._phase == "settle" else self.limit // 2
-        if self._count >= max(size, LEAST_ROUND) and self._seconds > 0:
-            if self._in_flight > FILLED * self.limit:  # else something else keeps requests back, as a rate that is told
-                self._climb(self._in_flight * self._tokens / self._seconds)
-            self._begin_round(now)
-
-    def _regrow(self, now: float) -> None:
-        """After each round of answers: half of the way back to the number that was refused, then a little beyond it.
-
-        Well beyond it nothing says that it is too much any more (a burst at the start was, or the server has more room
-        now): it climbs anew.
-        """
-        if self._count < max(self.limit, LEAST_ROUND):
-            return
-        self._count = 0
-        if now < self._hold_until:
-            return
-        if self.limit > RISES * self._ceiling:
-            self._best, self._phase = 0.0, "double"
-            self._begin_round(now)
-            return
-        way = self._ceiling - self.limit
-        step = -(-way // 2) if way > 0 else max(1, round(BEYOND * self.limit))
-        self.limit = min(self.limit + step, MOST)
-
-    def _climb(self, throughput: float) -> None:
-        if self._phase in ("double", "doubt"):
-            if throughput > RISES * self._best:
-                self._best, self._base, self._phase = throughput, self.limit, "double"
-                self.limit = min(2 * self.limit, MOST)
-            elif self._phase == "double":
-                self._phase = "doubt"
-            else:
-                gain = max(throughput / self._best, 1.0)  # what doubling brought; the other requests only wait
-                self.limit = self._base = max(1, int(self._base * gain * 1.1))
-                self._best, self._phase = max(self._best, throughput), "settle"
-        elif self._step:
-            if throughput > (STEP_RISES if self._step > 0 else STEP_KEEPS) * self._best:
-                self._base = self.limit
-            self._step, self._next_step = 0, -self._step
-            self.limit = self._base
-        else:
-            self._best, self._step = throughput, self._next_step
-            size = max(1, round(STEP * self._base))
-            self.limit = min(max(1, self._base + self._step * size), MOST)
-
-    def congested(self, sent: float, now: float) -> None:
-        self._refused += 1
-        super().congested(sent, now)
-
-    def _cut(self, now: float) -> None:
-        self._refused_at = self._ceiling = self.limit
-        if now >= self._hold_until:
-            self._move(max(1, int(self.limit * BACK_OFF)), now)
-
-    def sending(self, now: float) -> None:
-        """The first request after an episode judges it: did the last move of the limit help?
-
-        Where most requests are answered and a cut has cost answers, the refusals have another cause than the number in
-        flight (each third request is refused, say): the limit rises as long as that brings more answers per second.
-        """
-        if self._refused_at is None:
-            self._since = self._since or now
-            return
-        limit, rate = self._refused_at, self._answers / max(now - self._since, 1e-9)
-        before, self._before = self._before, (limit, rate)
-        overloaded = self._refused > self._answers
-        self._since, self._answers, self._refused, self._refused_at = now, 0, 0, None
-        if before is None or overloaded or now < self._hold_until:
-            return
-        gain = rate / before[1] if before[1] else 1.0
-        rise = limit >= RISES * before[0]  # doubled for the sake of that judgement; else it has only grown back
-        if gain > RISES if rise else (limit < before[0] and gain < CUT_KEEPS):
-            self._move(min(2 * max(limit, before[0]), MOST), now)
-        elif rise:
-            self._hold_until = now + HOLD_S
-            self._move(before[0], now)
-
-    def _move(self, limit: int, now: float) -> None:
-        self.limit = self._base = limit
-        self._phase, self._step = "avoid", 0
-        self._begin_round(now)
 
 
 _GAUGES = {

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from time import monotonic
 
 from generate.client import Client
-from generate.concurrency import MOST, START, START_QUEUED, ByClimbing, ByQueue, Concurrency, read_load
+from generate.climbing import ByClimbing
+from generate.concurrency import MOST, START, START_QUEUED, ByQueue, Concurrency, read_load
 from generate.jobs import Partition
 from generate.limits import Limits
 from generate.progress import EndpointCounts
@@ -72,14 +73,14 @@ class Endpoint:
             return None if self._probe_sent is not None else max(self._probe_at - now, self.limits.delay(tokens, now))
         if self.in_flight and self.in_flight + choices > self.limit:
             return None
-        return self.limits.delay(tokens, now)
+        return max(self.limits.delay(tokens, now), self._concurrency.delay(now))
 
     def begin(self, tokens: int, choices: int, now: float) -> None:
         self.in_flight += choices
         if self.down_since is not None:
             self._probe_sent = now
         self.limits.take(tokens, now)
-        self._concurrency.sending(now)
+        self._concurrency.sending(choices, now)
 
     def ended(self, choices: int, sent: float) -> None:
         """A request that went out at `sent` is over, however it ended."""
@@ -128,7 +129,7 @@ class Endpoint:
         else:
             congested = fault.error == "timeout"
         if congested:
-            self._concurrency.congested(sent, now)
+            self._concurrency.congested(sent, now, overloaded=fault.error != "rate_limited")
         if speaks_of_endpoint(fault):
             self._failing.add(request_id)
 

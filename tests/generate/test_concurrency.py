@@ -1,11 +1,10 @@
 """Concurrency that finds itself, against small models of servers."""
 
-import random
 from dataclasses import dataclass
 
 import pytest
 
-from generate.concurrency import START, ByClimbing, ByQueue, Load, read_load
+from generate.concurrency import START, ByQueue, Load, read_load
 
 
 @dataclass
@@ -79,7 +78,7 @@ def test_a_queue_of_a_moment_closes_no_slot() -> None:
 def test_what_refuses_requests_is_not_asked_for_as_many_again() -> None:
     concurrency = ByQueue(100)
     concurrency.observed(Load(running=92, waiting=8), 100)
-    concurrency.congested(sent=0.0, now=0.0)
+    concurrency.congested(sent=0.0, now=0.0, overloaded=True)
     concurrency.observed(Load(running=92, waiting=8), 100)
     assert concurrency.limit == 70
 
@@ -111,70 +110,11 @@ def test_looks_are_as_quick_as_the_queue_moves_and_seldom_once_it_is_steady() ->
     assert concurrency.look_s == 5.0
 
 
-def climb(concurrency: ByClimbing, slots: int, answers: int, now: float = 0.0, seed: int = 0) -> float:
-    """Answers from a server of so many slots: its rate rises with the number in flight up to them."""
-    rng = random.Random(seed)
-    for _ in range(answers):
-        in_flight = concurrency.limit
-        busy = min(in_flight, slots)
-        now += rng.expovariate(busy / 10.0)  # each takes ten seconds, and what waits for a slot longer
-        concurrency.answered(rng.randint(50, 150), 10.0 * in_flight / busy, in_flight, now)
-    return now
-
-
-@pytest.mark.parametrize("slots", [16, 100, 150, 900])
-def test_without_a_queue_to_look_at_it_climbs_to_where_throughput_ends(slots: int) -> None:
-    concurrency = ByClimbing(START)
-    climb(concurrency, slots, 60_000)
-    assert 0.8 * slots <= concurrency.limit <= max(1.4 * slots, 1.6 * START)
-
-
-def test_a_number_that_was_never_in_flight_is_not_judged() -> None:
-    """A rate limit that is told keeps requests back: what they bring is no sign that more would bring nothing."""
-    concurrency = ByClimbing(START)
-    for second in range(1000):
-        concurrency.answered(100, 10.0, START // 2, float(second))
-    assert concurrency.limit == START
-    climb(concurrency, 10_000, 2 * START, 1000.0)  # the rate was raised
-    assert concurrency.limit > START
-
-
-def cut(concurrency: ByClimbing, now: float) -> None:
-    """All that is in flight is refused."""
-    for _ in range(concurrency.limit):
-        concurrency.congested(now - 10.0, now)
-
-
-def test_it_backs_off_once_a_latency_and_goes_back_by_halves() -> None:
-    concurrency = ByClimbing(START)
-    now = climb(concurrency, 10_000, 2000)
-    assert concurrency.limit == 1024
-    cut(concurrency, now)
-    limits = [concurrency.limit]
-    for _ in range(5):
-        now = climb(concurrency, 10_000, concurrency.limit, now)
-        limits.append(concurrency.limit)
-    assert limits == [716, 716, 870, 947, 986, 1005]  # 70%, a round sent before, half of the rest
-
-
-@pytest.mark.parametrize(("slots", "least", "most"), [(10_000, 1000, 4096), (16, 64, 110)])
-def test_what_is_refused_no_longer_is_no_limit(slots: int, least: int, most: int) -> None:
-    """A burst was too much, or a server got more room: it stayed near the number that was refused once, 2% a round.
-
-    Beyond that number it climbs as at the start, so an endless queue that brings nothing is not filled.
-    """
-    concurrency = ByClimbing(START)
-    cut(concurrency, 0.0)
-    assert concurrency.limit == 44
-    climb(concurrency, slots, 15 * START + 3 * 1024)
-    assert least <= concurrency.limit <= most
-
-
 def test_it_never_falls_below_one() -> None:
-    for concurrency in (ByClimbing(START), ByQueue(START)):
-        for moment in range(100):
-            concurrency.congested(1000.0 * moment, 1000.0 * moment)
-        assert concurrency.limit == 1
+    concurrency = ByQueue(START)
+    for moment in range(100):
+        concurrency.congested(1000.0 * moment, 1000.0 * moment, overloaded=False)
+    assert concurrency.limit == 1
 
 
 METRICS = """\
