@@ -2,10 +2,11 @@
 
     x-ratelimit-limit-requests: 500          x-ratelimit-limit-tokens: 30000
     x-ratelimit-remaining-requests: 499      x-ratelimit-remaining-tokens: 29900
-    x-ratelimit-reset-requests: 120ms        x-ratelimit-reset-tokens: 6m0s
+    x-ratelimit-reset-requests: 120ms        x-ratelimit-reset-tokens: 200ms
 
-(OpenAI, "Rate limits", and those who took its headers over.) A request's tokens are estimated before it goes out and
-settled by the answer's `usage`. Without declaration and headers there is no limit at all. Pure: the time is passed in.
+(OpenAI, "Rate limits", and those who took its headers over.) A limit that resets after more than a minute is none per
+minute. A request's tokens are estimated before it goes out and settled by the answer's `usage`. Without declaration and
+headers there is no limit at all. Pure: the time is passed in.
 """
 
 import re
@@ -128,13 +129,22 @@ class Limits:
         for name in ("requests", "tokens"):
             said = _number(headers.get(f"x-ratelimit-limit-{name}", ""))
             limit = min(said, self._declared[name] or said)
-            if said and self._change(name, limit, now):
+            reset_s = seconds_of(headers.get(f"x-ratelimit-reset-{name}", ""))
+            if reset_s > WINDOW_S:  # Groq's requests are those of a day
+                if self._unlearn(name, now):
+                    news.append(f"allows {said:,.0f} {name} in more than a minute")
+            elif said and self._change(name, limit, now):
                 news.append(f"allows {limit:,.0f} {name} per minute")
-            if headers.get(f"x-ratelimit-remaining-{name}") == "0":
-                pause_s = seconds_of(headers.get(f"x-ratelimit-reset-{name}", ""))
-                if self.pause(pause_s, now):
-                    news.append(f"has no {name} left for {pause_s:.0f} s")
+            if headers.get(f"x-ratelimit-remaining-{name}") == "0" and self.pause(reset_s, now):
+                news.append(f"has no {name} left for {reset_s:.0f} s")
         return "; ".join(news) or None
+
+    def _unlearn(self, name: str, now: float) -> bool:
+        """What headers said of it was no limit per minute; True if it was in force. What the recipe says stands."""
+        if declared := self._declared[name]:
+            self._buckets[name].change(declared * self._fraction, now)
+            return False
+        return self._buckets.pop(name, None) is not None
 
     def _change(self, name: str, limit: float, now: float) -> bool:
         """The limit is in force from now on; True if it is one that never was."""

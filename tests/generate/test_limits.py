@@ -74,6 +74,21 @@ def test_a_lower_limit_of_the_recipe_stands_and_a_higher_one_does_not() -> None:
     assert higher.learn({"x-ratelimit-limit-requests": "600"}, 0.0) == "allows 600 requests per minute"
 
 
+@pytest.mark.parametrize("declared", [None, 30.0])
+def test_a_limit_that_resets_after_more_than_a_minute_is_none_per_minute(declared: float | None) -> None:
+    """Groq's header of requests is of a day, that of tokens of a minute (console.groq.com/docs/rate-limits)."""
+    limits = Limits(declared, None, 0.0)
+    told = {"x-ratelimit-limit-requests": "14400", "x-ratelimit-remaining-requests": "14396"}
+    told |= {"x-ratelimit-reset-requests": "24s", "x-ratelimit-limit-tokens": "18000"}
+    limits.learn(told, 0.0)
+    told |= {"x-ratelimit-remaining-requests": "14370", "x-ratelimit-reset-requests": "2m59.56s"}
+    assert limits.learn(told, 1.0) == (None if declared else "allows 14,400 requests in more than a minute")
+    assert limits.learn(told, 1.0) is None
+    for _ in range(1000):
+        limits.take(0, 1.0)
+    assert (limits.delay(0, 1.0) > 0.0) == (declared is not None)
+
+
 def test_nothing_left_pauses_until_the_reset() -> None:
     limits = Limits(None, None, 0.0)
     limits.learn({**HEADERS, "x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "6m0s"}, 0.0)
