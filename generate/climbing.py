@@ -139,9 +139,11 @@ class ByClimbing(Concurrency):
         if self._count < max(self.limit, LEAST_ROUND) or now < self._moved_at + LEAST_ROUND_S:
             return
         self._count, self._moved_at = 0, now
+        if now < self._hold_until:
+            return
         if self._level > RISES * self._ceiling:
             self._climb_anew(now)
-        elif now >= self._hold_until:
+        else:
             self._level = min(self._level + max((self._ceiling - self._level) / 2, BEYOND * self._level), MOST)
 
     def _end_episode(self, now: float) -> bool:
@@ -157,14 +159,11 @@ class ByClimbing(Concurrency):
                 return False  # the last cut has not shown yet
             if self._phase == "double" and refused <= FEW * self._answers:
                 return True
-        self._ceiling = level
-        if now < self._hold_until:
-            return True
-        rate = self._answers / max(took_s, 1e-9)
+        self._ceiling, rate = level, self._answers / max(took_s, 1e-9)
         if self._overloaded or refused > self._answers:
-            self._before, self._doubled = (level, rate), False
+            self._before, self._doubled, self._hold_until = (level, rate), False, now
             self._move((BACK_OFF if self._answers else HALF) * level, now, paced=True)
-        else:
+        elif now >= self._hold_until:
             self._judge(level, rate, now)
         return True
 

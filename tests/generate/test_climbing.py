@@ -116,6 +116,16 @@ def test_a_cut_that_cost_answers_is_undone_and_one_that_did_not_stands() -> None
     assert limited.limit == 35  # 70% of 49, rounded up
 
 
+def test_a_rise_that_won_nothing_is_taken_back_and_stands_unless_most_are_refused() -> None:
+    concurrency = ByClimbing(100)
+    limits = []
+    for number, (answers, refusals) in enumerate([(100, 50), (70, 35), (46, 23), (50, 25), (30, 15), (10, 20)]):
+        refused(concurrency, answers, 1.0 + 11.0 * number, refusals)
+        limits.append(concurrency.limit)
+    # 50 answers are no fifth more than 46, so it is at 49 again; there a third refused cut nothing, but two thirds do.
+    assert limits == [70, 49, 140, 49, 49, 35]
+
+
 @pytest.mark.parametrize(("refusals", "then"), [(17, 58), (18, 48)])  # of 67.99 85%, and 70%
 def test_where_few_are_refused_at_the_same_number_the_cut_is_small(refusals: int, then: int) -> None:
     concurrency = ByClimbing(100)
