@@ -227,7 +227,7 @@ def bench_throughput(options: argparse.Namespace) -> Iterator[Row]:
     lengths = ("8", "8", "24") if options.small else ("40", "128", "3072")
     command += ["--random-input-len", lengths[0], "--random-output-len", lengths[1], "--num-prompts", lengths[2]]
     command += ["--enforce-eager", "--kv-cache-memory-bytes", str(1 << 26)] if options.small else []
-    # Tiny, the engine's own process would take longer to start than the figure to measure.
+    # At the small size a process of its own for the engine takes longer to start than the measurement.
     said = output(command, {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if options.small else {}).splitlines()
     yield {"what": "vllm bench throughput", "note": next(line for line in said if line.startswith("Throughput"))}
 

@@ -87,8 +87,9 @@ def choose_models(recipe: Recipe, run: RunDir, keys: Sequence[str]) -> list[Mode
     """
     if AFTER in keys:
         check_trained(recipe, run)
-    folders = {AFTER: run.student}
-    models = [Model(key, LABELS[key], recipe, folder=folders.get(key)) for key in LABELS if key in keys]
+    models = [
+        Model(key, LABELS[key], recipe, folder=run.student if key == AFTER else None) for key in LABELS if key in keys
+    ]
     for model in models:
         if model.key == TEACHER:
             found = next((url for url in urls_now(recipe.teacher) if not is_loopback(url) or is_port_open(url)), None)

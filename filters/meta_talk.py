@@ -42,7 +42,7 @@ OPENINGS = (
     r"here(?:'s|’s| is| are)\s+(?:your\b|[^\n.!?]{0,120}:)",
     r"(?:below|the following) is (?:a|an|the|your)\b",
     r"i(?:'d| would|’d) be (?:happy|glad|delighted) to\b",
-    r"i(?:'m|’m| am) (?:really |very )?sorry,? but (?:i|as)\b",
+    r"i(?:'m|’m| am) (?:really |very )?sorry,? but i\b",
     r"i apologi[sz]e\b",
     r"as (?:you (?:asked|requested)|requested)\b",
     # Korean

@@ -1,9 +1,9 @@
 """`auto` on a server that shows no queue: raises the number in flight until throughput stops rising.
 
-A server that refuses has a limit of its own, that of requests in flight or of requests per minute, and tells neither.
-From its first refusal on requests go out evenly (as TCP's pacing; Aggarwal, Savage and Anderson 2000): a burst after a
-pause or a step is refused at a fraction of what the same server takes over a second. The number falls to a share, goes
-back by halves to what was refused (as BIC TCP; Xu, Harfoush and Rhee 2004), and on.
+A server that refuses allows so many requests in flight, or so many per minute, and does not tell how many. From its
+first refusal on requests go out evenly (as TCP's pacing; Aggarwal, Savage and Anderson 2000): it refuses a burst, as
+after a pause, though over a second it takes many more. The number falls to a share of itself, goes back by halves to
+what was refused (as BIC TCP; Xu, Harfoush and Rhee 2004), and on.
 """
 
 from math import ceil
@@ -18,15 +18,17 @@ FILLED = 0.8  # of the limit must have been in flight for a round to say anythin
 LEAST_ROUND = 16  # replies, before the limit moves
 
 PACE = 1.25  # of the rate that keeps the limit in flight: so fast requests go out where some were refused
-SLACK_S = 0.01  # of that rate may go at once: a timer wakes late
+SLACK_S = 0.01  # what this time allows may go at once, as a timer wakes late
 LATENCY_SHARE = 0.05  # of the newest answer, in the running mean
 HALF = 0.5  # the cut where nothing was answered
-EASE_OFF, FEW = 0.85, 0.1  # the cut where few of the replies are refusals: the limit is near
+EASE_OFF = 0.85  # the cut where few are refused: the limit is near
+FEW = 0.1  # refusals per answer
 BEYOND = 0.05  # of the limit, up from the number that was refused, round by round
 LEAST_ROUND_S = 1.0  # of such a round: an API that meters by the second has room or not after one
 HOLD_S = 60.0  # how long the limit stands after a rise that won nothing
-SAME, CUT_SHOWS = 0.95, 0.75  # of the number refused before: refused at that again; low enough to judge the cuts by
-CUT_KEEPS = 0.85  # of its answers per second an endpoint that refuses must keep after cuts; else they were wrong
+SAME = 0.95  # of the number refused before: from here on the same number was refused again
+CUT_SHOWS = 0.75  # of it: from here down it shows what the cuts have cost
+CUT_KEEPS = 0.85  # of its answers per second a server must keep after cuts; else the cuts were wrong
 
 
 class ByClimbing(Concurrency):
@@ -59,7 +61,7 @@ class ByClimbing(Concurrency):
 
     @property
     def limit(self) -> int:
-        """Rounded up: where two are in flight, the pace between one and two counts."""
+        """`_level` rounded up: between one and two, two may be in flight, at the pace of the fraction."""
         return ceil(self._level)
 
     @limit.setter
@@ -154,11 +156,11 @@ class ByClimbing(Concurrency):
                 self._move(BACK_OFF * level, now, paced=True)
                 self._climb_anew(now)
                 return True
-            most = refused > self._answers + self.limit  # of all that were sent, as no more are in flight
-            if not most and (took_s < self._latency_s or self._answers + refused < LEAST_ROUND):
+            mostly_refused = refused > self._answers + self.limit  # as no more than `limit` can be in flight
+            if not mostly_refused and (took_s < self._latency_s or self._answers + refused < LEAST_ROUND):
                 return False  # the last cut has not shown yet
             if self._phase == "double" and refused <= FEW * self._answers:
-                return True
+                return True  # it climbs on, as long as that brings more
         self._ceiling, rate = level, self._answers / max(took_s, 1e-9)
         if self._overloaded or refused > self._answers:
             self._before, self._doubled, self._hold_until = (level, rate), False, now
@@ -176,16 +178,16 @@ class ByClimbing(Concurrency):
         if self._before is None:
             self._before = level, rate
             return self._move(BACK_OFF * level, now, paced=True)
-        refused, brought = self._before
+        number, brought = self._before
         gain = rate / max(brought, 1e-9)
         if self._doubled and gain <= RISES:
             self._doubled, self._hold_until = False, now + HOLD_S
-            return self._move(refused, now, paced=False)
-        low = level <= CUT_SHOWS * refused
+            return self._move(number, now, paced=False)
+        low = level <= CUT_SHOWS * number
         if self._doubled or (low and gain < CUT_KEEPS):
             self._before, self._doubled = (level, rate), True
-            return self._move(2 * max(level, refused), now, paced=False)
-        if low or level >= SAME * refused:
+            return self._move(2 * max(level, number), now, paced=False)
+        if low or level >= SAME * number:
             self._before = level, rate
         near = not low and self._refused <= FEW * self._answers
         return self._move((EASE_OFF if near else BACK_OFF) * level, now, paced=True)

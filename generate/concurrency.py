@@ -1,9 +1,9 @@
 """How many requests to have in flight at an endpoint: a fixed number, or one that finds itself.
 
 `Concurrency` is a fixed number. `auto` is one of two: `ByQueue`, on a server that shows its queue (vLLM's /metrics),
-keeps its batch full and the queue behind it short; generate.climbing's, on any other, raises the number until
-throughput stops rising. Both back off on refusals and timeouts as TCP does (a multiplicative decrease; Chiu and Jain
-1989), once per episode: what was sent before a cut says nothing about it. Latency is no guide here: a larger batch
+keeps its batch full and the queue behind it short; `ByClimbing` (generate.climbing), on any other, raises the number
+until throughput stops rising. Both back off on refusals and timeouts as TCP does (a multiplicative decrease; Chiu and
+Jain 1989), once per episode: what was sent before a cut says nothing about it. Latency is no guide here: a larger batch
 makes every answer slower and the whole faster. Pure: the time and the observations are passed in by generate.endpoint.
 """
 

@@ -142,8 +142,7 @@ class Limits:
     def _unlearn(self, name: str, now: float) -> bool:
         """What headers said of it was no limit per minute; True if it was in force. What the recipe says stands."""
         if declared := self._declared[name]:
-            self._buckets[name].change(declared * self._fraction, now)
-            return False
+            return self._change(name, declared, now)
         return self._buckets.pop(name, None) is not None
 
     def _change(self, name: str, limit: float, now: float) -> bool:

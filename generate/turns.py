@@ -51,8 +51,9 @@ def passes(recipe: Recipe, run: RunDir) -> Iterator[tuple[Recipe, RunDir]]:
     if user is None:
         yield asking(recipe.prompts, run), run
         return
-    known_price(_as_user(recipe, user), "prompts.user.price")
-    check_teacher(_as_user(recipe, user).teacher)
+    asked_of_user = _as_user(recipe, user)
+    known_price(asked_of_user, "prompts.user.price")
+    check_teacher(asked_of_user.teacher)
     _check_names(recipe)
 
     own = recipe.prompts
