@@ -101,7 +101,8 @@ class Batches:
         self._record(outcomes, str(path))
         if self._folder.is_recorded(path):  # charged then, and not again, though the journal has it only now
             again = [usage for id_, usage in usages.items() if id_ in self._done]
-            self._run.budget.charge(Reservation(), Usage(prompt_tokens=0, completion_tokens=0), again)
+            free = Usage(prompt_tokens=0, completion_tokens=0)
+            self._run.budget.settle(Reservation(), free, billed=True, journaled=again)
         for chunk in self._folder.live:
             if chunk.batch_id is None and all(id_ in self._done for id_ in self._folder.sent(chunk)):
                 chunk.collected = True

@@ -106,8 +106,8 @@ class Budget:
         self._cost = None if config.usd is None else max(round(config.usd * PICO) - spent.cost, 0) // partition.of
         self._margins = 0, 0  # tokens that a prompt has had beyond the bound, and an answer beyond max_tokens
         self._refused = Spend()  # what the last request that did not fit could have cost
-        self._used, self._reserved = Spend(), Spend()  # of this call: settled, and in flight
-        self._unsaid = self._account.unsaid
+        self.used, self._reserved = Spend(), Spend()  # of this call: settled, and in flight
+        self.unsaid = self._account.unsaid  # what is spent and the journal does not say; without what is in flight
 
     @classmethod
     def open(cls, recipe: Recipe, run: RunDir, found: Contents, partition: Partition = WHOLE) -> "Budget":
@@ -121,16 +121,14 @@ class Budget:
             account = read_account(file)
         else:
             file, account = run.path / "spend.json", account_of(run, found, price)
-        budget = cls(recipe.budget, price, spent, file=file, account=account, partition=partition)
-        if partition.of == 1:
             write_account(file, account)
-        return budget
+        return cls(recipe.budget, price, spent, file=file, account=account, partition=partition)
 
     def reserve(self, body_bytes: int, max_tokens: int, answers: int = 1) -> Reservation | None:
         """Takes the most that a request for so many answers can cost; None if that could pass the budget."""
         prompt_tokens = bound(body_bytes)
         most = Spend.of(prompt_tokens + self._margins[0], answers * (max_tokens + self._margins[1]), self._price)
-        total = self._used + self._reserved + most
+        total = self.used + self._reserved + most
         too_many = self._tokens is not None and total.tokens > self._tokens
         if too_many or (self._cost is not None and total.cost > self._cost):
             self._refused = most
@@ -164,13 +162,9 @@ class Budget:
                 max(self._margins[0], usage.prompt_tokens - reservation.prompt_tokens),
                 max(self._margins[1], -(-usage.completion_tokens // reservation.answers) - reservation.max_tokens),
             )
-        self._used += used
+        self.used += used
         said = (Spend.of(part.prompt_tokens or 0, part.completion_tokens or 0, self._price) for part in journaled)
-        self._unsaid += used - sum(said, Spend())
-
-    def charge(self, request: Reservation, usage: Usage, journaled: Sequence[Usage] = ()) -> None:
-        """Counts what a request has cost that nothing was reserved for here."""
-        self.settle(request._replace(most=Spend()), usage, billed=True, journaled=journaled)
+        self.unsaid += used - sum(said, Spend())
 
     def limit_to(self, most: Spend) -> None:
         """This call may spend so much in all: what a lease of a larger budget allows (scale.request_leases)."""
@@ -178,19 +172,9 @@ class Budget:
         self._cost = None if self._config.usd is None else most.cost
 
     @property
-    def used(self) -> Spend:
-        """Of this call, without what is in flight."""
-        return self._used
-
-    @property
-    def unsaid(self) -> Spend:
-        """What is spent and the journal does not say; without what is in flight."""
-        return self._unsaid
-
-    @property
     def spent(self) -> Spend:
         """Of all calls, without what is in flight."""
-        return self._before + self._used
+        return self._before + self.used
 
     def reached(self) -> BudgetReached:
         """The error for a budget that the next request could pass."""
@@ -206,14 +190,14 @@ class Budget:
 
     def save(self) -> None:
         """Writes exactly what the journal does not say: the run has ended, or nothing is in flight."""
-        self._write(self._unsaid + self._reserved)
+        self._write(self.unsaid + self._reserved)
 
     def _cover(self) -> None:
         """Keeps the file at or above what a run that is killed now may have cost."""
-        most, saved = self._unsaid + self._reserved, self._account.unsaid
+        most, saved = self.unsaid + self._reserved, self._account.unsaid
         if most.tokens > saved.tokens or most.cost > saved.cost:
             ahead = Spend(self._reserved.tokens * AHEAD // 100, self._reserved.cost * AHEAD // 100)
-            self._write(self._unsaid + ahead)
+            self._write(self.unsaid + ahead)
 
     def _write(self, unsaid: Spend) -> None:
         if self._file and unsaid != self._account.unsaid:
