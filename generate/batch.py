@@ -365,8 +365,8 @@ class Batches:
     def _settle(self, id_: str, outcome: Answer | Fault | None, chunk: Chunk) -> None:
         """Gives back what a request reserved, but for what it cost; None: no outcome, and no cost.
 
-        One that reserved nothing, as nobody asks for it, costs as much as all others; if the provider did not count, as
-        much as a request of its chunk can cost on average.
+        Where the provider did not count, it costs the most that it can. One that reserved nothing, as nobody asks for
+        it, costs the same as others; where the provider did not count, as a request of its chunk can on average.
         """
         usage, reserved = (outcome and outcome.usage) or Usage(), self._reserved.pop(id_, None)
         if outcome and (isinstance(outcome, Answer) or outcome.status == 200):
@@ -375,15 +375,12 @@ class Batches:
                 usage.completion_tokens or chunk.completion_tokens // chunk.requests,
                 price=chunk.price,
             )
-            self._charge(most, usage, [usage] if reserved and isinstance(outcome, Answer) else [])
+            journaled = [usage] if reserved and isinstance(outcome, Answer) else []
+            if usage.prompt_tokens is None or usage.completion_tokens is None:
+                usage = Usage(prompt_tokens=most.prompt_tokens, completion_tokens=most.max_tokens)
+            self._limit.settle(most, usage, billed=True, journaled=journaled)
         elif reserved:
             self._limit.settle(reserved, None, billed=False)
-
-    def _charge(self, reservation: Reservation, usage: Usage, journaled: list[Usage]) -> None:
-        """Counts what a request has cost; the most that it can where the provider did not count."""
-        if usage.prompt_tokens is None or usage.completion_tokens is None:
-            usage = Usage(prompt_tokens=reservation.prompt_tokens, completion_tokens=reservation.max_tokens)
-        self._limit.settle(reservation, usage, billed=True, journaled=journaled)
 
     def _say_live(self) -> None:
         """Says which batches go on without this call."""
