@@ -7,6 +7,7 @@ reply means is generate.verdict's; which request goes to which endpoint is gener
 
 import asyncio
 from collections.abc import Callable, Mapping
+from math import inf
 from time import monotonic
 
 from generate.client import Client
@@ -50,7 +51,7 @@ class Endpoint:
         self._probe_sent: float | None = None  # the probe in flight
         self._failing: set[str] = set()  # requests that failed since the last answer
         self._overload = 0.0  # how many more 503s and 529s came than answers, from 0 on
-        self._steps, self._stepped_at = 0, float("-inf")  # of the backoff since the last answer
+        self._steps, self._stepped_at = 0, -inf  # of the backoff since the last answer
 
     @property
     def limit(self) -> int:
@@ -67,12 +68,12 @@ class Endpoint:
         if self._config.concurrency != "auto":
             self._concurrency.limit = _part(self._config.concurrency * self.weight, self._partition)
 
-    def ready_in(self, tokens: int, choices: int, now: float) -> float | None:
-        """Seconds until a request of so many tokens and choices may go out; 0: now, None: only a reply makes room."""
+    def ready_in(self, tokens: int, choices: int, now: float) -> float:
+        """Seconds until a request of so many tokens and choices may go out; infinite: only a reply makes room."""
         if self.down_since is not None:
-            return None if self._probe_sent is not None else max(self._probe_at - now, self.limits.delay(tokens, now))
+            return inf if self._probe_sent is not None else max(self._probe_at - now, self.limits.delay(tokens, now))
         if self.in_flight and self.in_flight + choices > self.limit:
-            return None
+            return inf
         return max(self.limits.delay(tokens, now), self._concurrency.delay(now))
 
     def begin(self, tokens: int, choices: int, now: float) -> None:

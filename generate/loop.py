@@ -145,10 +145,10 @@ class Loop:
             if sent % STARTS_AT_ONCE == 0:
                 await asyncio.sleep(0)
 
-    def _prepare(self, job: Job, now: float) -> Attempt | float | None:
+    def _prepare(self, job: Job, now: float) -> Attempt | float:
         """Takes an endpoint with room for a request of this size, and its cost out of the budget.
 
-        Without them: the seconds to wait, or None to wait for a reply. Ends the run where no wait will help.
+        Without them: the seconds until there may be, infinite until a reply. Ends the run where no wait will help.
         """
         body, max_tokens, choices = self._dialect.body(job), int(job.request.sampling["max_tokens"]), job.choices
         tokens = int(len(body) * self._tokens_per_byte) + choices * max_tokens
@@ -162,7 +162,7 @@ class Loop:
         if reservation is None:
             if not self._in_flight:  # and so no reply will give back what its request did not use
                 self._end(self._run.budget.reached())
-            return None
+            return inf
         endpoint.begin(tokens, choices, now)
         self._run.counters.in_flight += choices
         return Attempt(job, endpoint, reservation, tokens, now, self._dialect.sent(job.request.sampling, choices))
@@ -297,10 +297,10 @@ class Loop:
             self._end(error, grace_s=0.0)
         self._changed.set()
 
-    async def _change(self, within_s: float | None) -> None:
+    async def _change(self, within_s: float) -> None:
         """Waits until something has changed, but not longer than `within_s` seconds."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(None if within_s is None else min(within_s, LONGEST_WAIT_S)):
+            async with asyncio.timeout(min(within_s, LONGEST_WAIT_S)):
                 await self._changed.wait()
         self._changed.clear()
 

@@ -8,6 +8,7 @@ import heapq
 from collections import deque
 from collections.abc import Iterator
 from itertools import count
+from math import inf
 
 from tenacity import RetryCallState, Retrying, wait_random_exponential
 from tenacity.wait import wait_base
@@ -75,9 +76,9 @@ class Schedule:
         """The job cannot go out yet. It comes again before any new one, but after the retries that are due then."""
         self._held.appendleft(job)
 
-    def due_in(self, now: float) -> float | None:
-        """Seconds until the next retry is due; None when none waits."""
-        return max(self._later[0][0] - now, 0.0) if self._later else None
+    def due_in(self, now: float) -> float:
+        """Seconds until the next retry is due; infinite when none waits."""
+        return max(self._later[0][0] - now, 0.0) if self._later else inf
 
     def next_job(self, now: float) -> Job | None:
         """The next job that may go out now; None when there is none, or none yet (see `due_in`)."""

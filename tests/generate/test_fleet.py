@@ -5,6 +5,7 @@ import random
 import threading
 from collections import Counter
 from contextlib import ExitStack
+from math import inf
 from pathlib import Path
 from socket import AF_INET, AF_INET6
 
@@ -41,9 +42,9 @@ class Place:
         self.down_since: float | None = None
         self.most, self.weight = 0, 1.0
 
-    def ready_in(self, tokens: int, choices: int, now: float) -> float | None:
+    def ready_in(self, tokens: int, choices: int, now: float) -> float:
         self.looks += 1
-        return None if self.in_flight >= self.limit else self.wait_s
+        return inf if self.in_flight >= self.limit else self.wait_s
 
 
 def fleet_of(*places: Place) -> Fleet:
@@ -71,7 +72,7 @@ def test_all_are_filled_and_the_looks_for_a_request_stay_few(count: int) -> None
         if number == picks // 2:
             used = [one.in_flight for one in places]
             assert max(used) - min(used) <= 8
-    assert fleet.pick(1, 0.0) == (None, None)
+    assert fleet.pick(1, 0.0) == (None, inf)
     assert all(place.in_flight == 16 for place in places)
     assert sum(place.looks for place in places) <= (FEW + 1) * picks / (4 if count > FEW else 1)
     looks = sum(place.looks for place in places)
@@ -80,7 +81,7 @@ def test_all_are_filled_and_the_looks_for_a_request_stay_few(count: int) -> None
         fleet.reopen(place)  # type: ignore[arg-type]
         assert fleet.pick(1, 0.0)[0] is place
         place.in_flight += 1
-        assert fleet.pick(1, 0.0) == (None, None)
+        assert fleet.pick(1, 0.0) == (None, inf)
     assert sum(place.looks for place in places) - looks <= 2 * count
 
 
