@@ -143,15 +143,15 @@ def read_choices(body: bytes, words: Callable[[str], str] = shortened, most: int
     return Choices(outcomes, usage)
 
 
-class _Parts(NamedTuple):
+class _Said(NamedTuple):
+    """What the model says in one choice."""
+
     reasoning: str
     text: str
     calls: list[Json]
 
 
-def _read(
-    choice: _Choice, said: _Parts, usage: Usage, model: str | None, words: Callable[[str], str]
-) -> Answer | Fault:
+def _read(choice: _Choice, said: _Said, usage: Usage, model: str | None, words: Callable[[str], str]) -> Answer | Fault:
     """The answer of a choice, or why it is none."""
     reasoning, text, calls = said
     reason = _text(choice.finish_reason) or "unknown"
@@ -181,13 +181,13 @@ def broken_off(reason: Any, error: Any, words: Callable[[str], str]) -> Fault | 
 
 def read_error(status: int, body: bytes, headers: Mapping[str, str], words: Callable[[str], str] = shortened) -> Fault:
     """What a reply without success says."""
-    said = _said(body)
-    message = words(said.message) or "no words"
+    error = _error_in(body)
+    message = words(error.message) or "no words"
     if status < 400:
         return Fault("not_found", words(f"it redirects to {headers.get('location', 'nowhere')}"), status)
     if status == 407:
         return Fault("unreachable", f"the proxy of the environment answers 407: {message}", status)
-    if status == 402 or (status == 429 and (said.code in QUOTA_CODES or said.type in QUOTA_CODES)):
+    if status == 402 or (status == 429 and (error.code in QUOTA_CODES or error.type in QUOTA_CODES)):
         return Fault("insufficient_quota", message, status)
     if status == 429:
         return Fault("rate_limited", message, status, retry_after_s=retry_after(headers) or _retry_delay(body))
@@ -196,8 +196,8 @@ def read_error(status: int, body: bytes, headers: Mapping[str, str], words: Call
     if status == 400 and b"API_KEY_INVALID" in body:  # Gemini
         return Fault("unauthorized", message, status)
     named = {401: "unauthorized", 403: "forbidden", 404: "not_found", 405: "not_found"}
-    kind = "content_filter" if said.code == "content_filter" else named.get(status, "bad_request")
-    return Fault(kind, message, status, parameter=said.param)
+    kind = "content_filter" if error.code == "content_filter" else named.get(status, "bad_request")
+    return Fault(kind, message, status, parameter=error.param)
 
 
 def retry_after(headers: Mapping[str, str]) -> float:
@@ -229,30 +229,30 @@ def _moment(date: str) -> float | None:
         return None
 
 
-class _Said(NamedTuple):
+class _ErrorBody(NamedTuple):
     message: str
     code: str | None = None
     type: str | None = None
     param: str | None = None
 
 
-def _said(body: bytes) -> _Said:
+def _error_in(body: bytes) -> _ErrorBody:
     """A server's words from the body of an error: OpenAI's shape, FastAPI's `detail`, or whatever else it is."""
     text = body.decode(errors="replace")
     try:
         data = json.loads(body)
     except (ValueError, RecursionError):
-        return _Said(text)
+        return _ErrorBody(text)
     if isinstance(data, list) and data:  # Gemini
         data = data[0]
     inner = data.get("error", data) if isinstance(data, dict) else data
     if not isinstance(inner, dict):
-        return _Said(_text(inner) or text)
+        return _ErrorBody(_text(inner) or text)
     message, code, kind, param = (_text(inner.get(name)) for name in ("message", "code", "type", "param"))
     match inner.get("detail"):
         case [{"loc": [*_, str(field)]}, *_]:  # [{"loc": ["body", "seed"], …}]
             param = param or field
-    return _Said(message if message and message.strip() else text, code, kind, param)
+    return _ErrorBody(message if message and message.strip() else text, code, kind, param)
 
 
 def _text(value: Any) -> str | None:
@@ -278,7 +278,7 @@ def read_usage(said: Any) -> Usage:
     )
 
 
-def _divided(usage: Usage, said: Sequence[_Parts]) -> list[Usage]:
+def _divided(usage: Usage, said: Sequence[_Said]) -> list[Usage]:
     """Each choice's part of what all have used: the sums are exact, the parts of the completion are estimates.
 
     The prompt is divided evenly, thoughts and answers by their characters.
@@ -306,12 +306,12 @@ def _shares(total: int, weights: Sequence[int]) -> list[int]:
     return [end - begin for begin, end in pairwise([0, *ends])]
 
 
-def _said_by(message: _Message) -> _Parts:
+def _said_by(message: _Message) -> _Said:
     """What the model thought, wherever the server put it, and what it answered."""
     tagged, text = split_reasoning(joined_text(message.content))
-    said = (_text(message.reasoning), _text(message.reasoning_content), thinking_text(message.content), tagged)
+    thoughts = (_text(message.reasoning), _text(message.reasoning_content), thinking_text(message.content), tagged)
     calls = [call.json(number) for number, call in enumerate(message.tool_calls or (), start=1)]
-    return _Parts(next((one.strip() for one in said if one and one.strip()), ""), text, calls)
+    return _Said(next((one.strip() for one in thoughts if one and one.strip()), ""), text, calls)
 
 
 def joined_text(content: Any) -> str:
