@@ -34,15 +34,11 @@ class Left:
     """Which jobs are still to be asked."""
 
     def __init__(self, answered: IdSet, failed: IdSet, *, retry_failures: bool) -> None:
-        self.answered, self.failed = answered, IdSet() if retry_failures else failed
-        self.retry_failures, self._failed_before = retry_failures, failed
+        self.answered, self._failed, self.retry_failures = answered, failed, retry_failures
+        self.left_alone = IdSet() if retry_failures else failed
 
     def has(self, job: Job) -> bool:
-        return job.request.id not in self.answered and job.request.id not in self.failed
-
-    def jobs(self, recipe: Recipe, partition: Partition = WHOLE) -> Iterator[Job]:
-        """Streams them."""
-        return (job for job in build_jobs(iter_prompts(recipe), recipe, partition) if self.has(job))
+        return job.request.id not in self.answered and job.request.id not in self.left_alone
 
     def survey(self, recipe: Recipe, counters: Counters) -> Iterator[Job]:
         """Yields every job, asked or not, and counts them. So all prompts are checked before any is asked."""
@@ -50,16 +46,17 @@ class Left:
         pairs, ambiguous = IdSet(), IdSet()  # a question and its reference; questions with several references
         for job in build_jobs(iter_prompts(recipe), recipe):
             request = job.request
+            first_of_prompt = request.sample % recipe.prompts.samples == 0
             counters.total += 1
-            counters.prompts += request.sample % recipe.prompts.samples == 0
+            counters.prompts += first_of_prompt
             counters.distinct += request.sample == 0
-            if recipe.prompts.file and request.sample % recipe.prompts.samples == 0:
+            if recipe.prompts.file and first_of_prompt:
                 question = prompt_id(request.messages, request.tools)
                 if pairs.add(f"{question} {as_text(request.reference)}") and request.sample and ambiguous.add(question):
                     counters.ambiguous += 1
             if request.id in self.answered:
                 counters.resumed += 1
-            elif request.id in self._failed_before:
+            elif request.id in self._failed:
                 counters.failed_before += 1
             yield job
 
@@ -100,7 +97,7 @@ class Run:
 
     def jobs(self) -> Iterator[Job]:
         """Streams the jobs that are left to this process."""
-        return self.left.jobs(self.recipe, self.partition)
+        return filter(self.left.has, build_jobs(iter_prompts(self.recipe), self.recipe, self.partition))
 
     def unanswered(self) -> Iterator[Job]:
         """Streams all jobs of the recipe without an answer, also those that failed for good and are left alone."""

@@ -187,7 +187,7 @@ def _send_partition(recipe: Recipe, folder: RunDir, partition: Partition, retry_
                 file.seek(earlier)
                 for line in file:
                     if line.strip():
-                        run.left.failed.add(msgspec.json.decode(line, type=_Id).id)
+                        run.left.left_alone.add(msgspec.json.decode(line, type=_Id).id)
         try:
             outcome = run_loop(_send(run))
         finally:
