@@ -46,22 +46,15 @@ class Concurrency:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._cut_at = float("-inf")
 
     def answered(self, tokens: int, latency_s: float, in_flight: int, now: float) -> None:
         """An answer of so many tokens came, so long after its request; `in_flight` counts it."""
 
     def congested(self, sent: float, now: float, *, overloaded: bool) -> None:
-        """The server refused or timed out a request that was sent then: one cut for all sent before the cut.
+        """The server refused or timed out a request that was sent then.
 
         `overloaded`: it cannot do more (a timeout, a full queue); else it will not (429).
         """
-        if sent > self._cut_at:
-            self._cut_at = now
-            self._cut(now)
-
-    def _cut(self, now: float) -> None:
-        """An episode of refusals begins."""
 
     def delay(self, now: float) -> float:
         """Seconds until the next request may go out; 0 for now."""
@@ -80,6 +73,7 @@ class ByQueue(Concurrency):
     def __init__(self, limit: int, fraction: float = 1.0) -> None:
         super().__init__(limit)
         self._fraction = fraction
+        self._cut_at = float("-inf")  # the last cut
         self._doubling = True  # until the first queue
         self._peak: float | None = 0.0  # the most that ran at once; None once it refused requests
         self._preempted: float | None = None
@@ -100,8 +94,11 @@ class ByQueue(Concurrency):
     def answered(self, tokens: int, latency_s: float, in_flight: int, now: float) -> None:
         self._latency_s += 0.1 * (latency_s - self._latency_s)
 
-    def _cut(self, now: float) -> None:
-        self.limit, self._doubling, self._peak = max(1, int(self.limit * BACK_OFF)), False, None
+    def congested(self, sent: float, now: float, *, overloaded: bool) -> None:
+        """One cut for all that were sent before it."""
+        if sent > self._cut_at:
+            self._cut_at = now
+            self.limit, self._doubling, self._peak = max(1, int(self.limit * BACK_OFF)), False, None
 
     def observed(self, load: Load | None, in_flight: int) -> None:
         """Looks at the load (None where the server did not say it) and moves the limit."""
