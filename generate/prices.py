@@ -17,7 +17,7 @@ from pipeline.teacher_config import TeacherConfig
 PICO = 10**12  # pico-dollars in a dollar: a price per token is a whole number of them
 PRICED_TOKENS = 100_000  # of a prompt; a longer one can cost more than the table says
 TABLE_TIERS = ("auto", "default", "flex")  # OpenAI's service_tier: what the table says, or less
-BATCH_SHARE = 2  # batches cost half: OpenAI's, Anthropic's and Google's
+BATCH_SHARE = 0.5  # of the price, for batches: OpenAI's, Anthropic's and Google's
 
 SOURCES = {  # by how a model's name begins
     ("gpt-", "o"): "https://developers.openai.com/api/docs/pricing as of 2026-08-05",
@@ -96,7 +96,7 @@ def price_of(teacher: TeacherConfig, mode: Literal["online", "batch"] = "online"
     else:
         return None
     share = BATCH_SHARE if mode == "batch" else 1
-    return Price(*(round(usd * PICO / 1_000_000 / share) for usd in listed))
+    return Price(*(round(share * usd * PICO / 1_000_000) for usd in listed))
 
 
 def dearer_by(extra: Mapping[str, Any]) -> str | None:
