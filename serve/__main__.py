@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from rich.console import Console
 from rich.markup import escape
@@ -55,8 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         def waiting(seconds: float, line: str) -> None:
             status.update(f"starting vLLM, {seconds:.0f} s  [dim]{escape(line[:90])}[/dim]")
 
-        settings: dict[str, Any] = {"port": port, "host": host, "config": config, "log": log, "served_name": name}
-        with serving(model, **settings, waiting=waiting) as server:
+        with serving(model, port=port, host=host, config=config, log=log, served_name=name, waiting=waiting) as server:
             status.stop()
             console.print(f"ready after {server.startup_s:.0f} s: {server.base_url} serves {name}")
             console.print(f"next, in another terminal: {next_command(recipe, options, server.base_url, name)}")
