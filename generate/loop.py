@@ -60,15 +60,11 @@ class Loop:
     """One process's requests, over one or several endpoints of the same model."""
 
     def __init__(
-        self,
-        run: Run,
-        fleet: Fleet,
-        *beside: Callable[[], Coroutine[Any, Any, None]],
-        jobs: Iterator[Job] | None = None,
+        self, run: Run, fleet: Fleet, jobs: Iterator[Job], *beside: Callable[[], Coroutine[Any, Any, None]]
     ) -> None:
-        """`beside` goes on while requests go out. `jobs`: what is to be asked; None: all that the run has left."""
+        """`beside` goes on while requests go out."""
         self._run, self._fleet, self._beside, self._config = run, fleet, beside, run.recipe.generate
-        self._schedule = Schedule(run.jobs_to_send() if jobs is None else jobs)
+        self._schedule = Schedule(jobs)
         self._dialect = Dialect()
         self._tokens_per_byte = TOKENS_PER_BYTE
         self._in_flight: set[asyncio.Task[None]] = set()

@@ -22,7 +22,7 @@ async def send_from_here(run: Run, *, signals: bool) -> Outcome:
 
     with on_signals(interrupt if signals else None):
         try:
-            async with opened_loop(run) as (loop, _):
+            async with opened_loop(run, run.jobs_to_send()) as (loop, _):
                 return await loop.run()
         except asyncio.CancelledError:
             if not stopped:

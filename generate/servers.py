@@ -23,11 +23,8 @@ SPARE_FILES = 64  # file descriptors that are not connections
 
 
 @asynccontextmanager
-async def opened_loop(run: Run, jobs: Iterator[Job] | None = None) -> "AsyncIterator[tuple[Loop, Servers]]":
-    """A loop over the recipe's servers, for `jobs` or all that is left, and those servers.
-
-    Raises DistillError if none is there.
-    """
+async def opened_loop(run: Run, jobs: Iterator[Job]) -> "AsyncIterator[tuple[Loop, Servers]]":
+    """A loop that sends the jobs to the recipe's servers, and those servers. Raises DistillError if none is there."""
     recipe, teacher = run.recipe, run.recipe.teacher
     targets, most = await find_targets(teacher), _most_connections()
     each = int(most / sum(target.weight for target in targets))
@@ -40,7 +37,7 @@ async def opened_loop(run: Run, jobs: Iterator[Job] | None = None) -> "AsyncIter
         silent = await servers.change(targets)
         if all(silent):
             raise no_endpoint(teacher, targets[0].name, silent[0] or "")
-        yield Loop(run, servers.fleet, servers.watch, servers.follow, jobs=jobs), servers
+        yield Loop(run, servers.fleet, jobs, servers.watch, servers.follow), servers
 
 
 class Servers:

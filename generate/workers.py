@@ -201,7 +201,7 @@ def _send_partition(recipe: Recipe, folder: RunDir, partition: Partition, retry_
 
 async def _send(run: Run) -> Outcome:
     events = asyncio.get_running_loop()
-    async with opened_loop(run) as (loop, _):
+    async with opened_loop(run, run.jobs_to_send()) as (loop, _):
 
         def stop_at_once() -> None:
             events.remove_reader(sys.stdin)

@@ -121,7 +121,7 @@ def simulate(
     async def main() -> tuple[float, Outcome, Counters]:
         with opened_run(recipe, run_dir, Counters(total=count), say=lambda message: None, show=lambda: None) as run:
             endpoints = [Endpoint(recipe, Target(url), run.partition, run.say) for url in urls]
-            outcome = await Loop(run, Fleet(endpoints)).run()
+            outcome = await Loop(run, Fleet(endpoints), run.jobs_to_send()).run()
             return clock.time(), outcome, run.counters
 
     with asyncio.Runner(loop_factory=lambda: clock) as runner:

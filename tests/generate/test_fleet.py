@@ -279,7 +279,7 @@ async def test_servers_that_are_taken_away_while_they_are_opened_are_not_asked(r
         misbehaving() as third,
         opened_run(recipe_for(first), run, Counters(), say=print, show=lambda: None) as call,
     ):
-        async with opened_loop(call) as (_, servers):
+        async with opened_loop(call, iter(())) as (_, servers):
             opening = asyncio.create_task(servers.change([Target(first.url), Target(second.url)]))
             await asyncio.sleep(0)
             servers.lead_to({third.url: 1.0}, {third.url: 2})
@@ -311,7 +311,7 @@ async def test_the_queues_of_the_servers_there_are_now_are_followed(
         misbehaving() as second,
         opened_run(recipe_for(first), run, Counters(), say=print, show=lambda: None) as call,
     ):
-        async with opened_loop(call) as (_, servers):
+        async with opened_loop(call, iter(())) as (_, servers):
             watching = asyncio.create_task(servers.watch())
             await servers.change([Target(first.url), Target(second.url)])
             await servers.change([Target(second.url)])
