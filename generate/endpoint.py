@@ -106,10 +106,9 @@ class Endpoint:
         """A request that failed here is sent again, here or elsewhere."""
         self.counts.retries[fault.error] = self.counts.retries.get(fault.error, 0) + 1
 
-    def count(self) -> EndpointCounts:
-        """The counts, with how it is now."""
+    def count(self) -> None:
+        """Brings the counts up to date with how it is now."""
         self.counts.in_flight, self.counts.limit, self.counts.up = self.in_flight, self.limit, self.down_since is None
-        return self.counts
 
     def failing_with(self, request_id: str) -> int:
         """How many different requests have failed since the last answer, this one included."""

@@ -77,7 +77,7 @@ def generate(
                     pass
                 elif write_batches:
                     for path in _batches(call).write():
-                        call.say(f"{path}")
+                        call.say(str(path))
                 elif outcome := run_loop(_send(call, display, signals=True, send=send)):
                     raise outcome
             done.append(summary_of(call))

@@ -204,7 +204,7 @@ def _imported(path: Path, package: str) -> Any:
 
 
 def _one_split(path: Path, loaded: Any, split: str | None) -> Iterable[Json]:
-    """The rows of the split that is wanted; of the only one where none is named. A class is its name."""
+    """The rows of the split that is wanted; of the only one where none is named."""
     if not isinstance(loaded, dict):
         if split is not None:
             raise DataError(f"prompts.file {path}: has no splits; remove prompts.split, which is {split!r}")

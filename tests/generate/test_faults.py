@@ -14,7 +14,6 @@ from tenacity import wait_fixed
 
 from generate.endpoint import Endpoint
 from generate.jobs import WHOLE, Partition
-from generate.progress import EndpointCounts
 from generate.run import generate
 from generate.targets import Target
 from pipeline.errors import BudgetReached, DistillError, RecipeError
@@ -122,9 +121,9 @@ def test_a_pause_of_this_process_costs_no_answer_and_no_more_than_one_attempt(
     """Of 3 s, in which the requests in flight pass their timeout and their deadline."""
     counted, pauses = Endpoint.count, iter([3.0])
 
-    def count_late(endpoint: Endpoint) -> EndpointCounts:
+    def count_late(endpoint: Endpoint) -> None:
         time.sleep(next(pauses, 0.0))
-        return counted(endpoint)
+        counted(endpoint)
 
     monkeypatch.setattr(Endpoint, "count", count_late)
     config = {"concurrency": 12, "request_timeout_s": 1.0, "deadline_s": 2.6}
