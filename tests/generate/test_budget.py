@@ -1,4 +1,4 @@
-"""The budget: what is reserved, what is settled, and that it is never passed; prices, token counts and the dry run."""
+"""The budget: what is reserved, what is settled, that it is never passed, and what a dry run says of it."""
 
 import json
 from pathlib import Path
@@ -11,16 +11,15 @@ from generate.budget import Account, Budget, Spend, read_account, spent_in
 from generate.dry_run import describe, dry_run
 from generate.jobs import Partition
 from generate.journal import Contents
-from generate.prices import PICO, PRICES, Price, price_of
+from generate.prices import PICO, Price, price_of
 from generate.run import generate
-from generate.tokens import TEMPLATE_TOKENS, counter
+from generate.tokens import TEMPLATE_TOKENS
 from pipeline.errors import BudgetReached, DataError
 from pipeline.lineage import read_lineage
 from pipeline.recipe import Recipe
 from pipeline.records import Usage
 from pipeline.rundir import RunDir
 from pipeline.section import BudgetConfig
-from pipeline.teacher_config import TeacherConfig
 from tests.servers.misbehaving_server import Asked, Behaviour, answer, misbehaving, recipe_for
 
 PRICE = Price(input=2, output=10)  # pico-dollars a token
@@ -238,42 +237,6 @@ def test_processes_divide_what_is_left(tmp_path: Path) -> None:
         assert budget.reserve(100, 50) is None
 
 
-@pytest.mark.parametrize(
-    ("model", "listed"),
-    [
-        ("gpt-4.1", "gpt-4.1"),
-        ("gpt-4.1-2025-04-14", "gpt-4.1"),
-        ("openai/gpt-4.1-mini", "gpt-4.1-mini"),
-        ("claude-sonnet-4-5-20250929", "claude-sonnet-4-5"),
-        ("gpt-9", None),
-    ],
-)
-def test_the_price_table(model: str, listed: str | None) -> None:
-    teacher = TeacherConfig(model=model, base_url="https://api.example.com/v1")
-    price = price_of(teacher)
-    if listed is None:
-        assert price is None
-    else:
-        assert price == Price(*(round(usd * 10**6) for usd in PRICES[listed]))
-        half = price_of(teacher, "batch")
-        assert half == Price(price.input // 2, price.output // 2)
-
-
-def test_gpt_4_1_costs_what_its_page_says() -> None:
-    price = price_of(TeacherConfig(model="gpt-4.1", base_url="https://api.openai.com/v1"))
-    assert price is not None
-    assert price.cost(1_000_000, 1_000_000) == 10 * PICO  # 2 and 8 dollars
-
-
-@pytest.mark.parametrize(
-    "url", ["http://127.0.0.1:8000/v1", "http://10.0.0.7/v1", "http://localhost:1/v1", "http://gpu1/v1"]
-)
-def test_a_server_of_one_s_own_has_no_price_but_the_recipe_s(url: str) -> None:
-    assert price_of(TeacherConfig(model="gpt-4.1", base_url=url)) is None
-    own = TeacherConfig(model="gpt-4.1", base_url=url, price={"input": 0.0375, "output": 0.15})
-    assert price_of(own) == Price(37_500, 150_000)
-
-
 def test_a_dry_run_counts_and_sends_nothing(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     with misbehaving(lambda asked: answer()) as server:
@@ -294,7 +257,3 @@ def test_a_dry_run_counts_and_sends_nothing(tmp_path: Path) -> None:
     assert rest.spent == pytest.approx(25 * (7 + 2 * 5) / 10**6)
     assert "budget.usd 0.005 may end the run early (exit 3)" in "\n".join(describe(recipe, fresh))
     assert "budget.usd 0.005 is enough for all" in "\n".join(describe(recipe, rest))
-
-
-def test_a_tokenizer_that_is_not_at_hand() -> None:
-    assert counter("some/model-of-the-hub") is None

@@ -158,13 +158,6 @@ def test_an_attempt_without_time_to_be_answered_is_not_made(
     assert asyncio.run(asked()) == pytest.approx(allowed_s)
 
 
-def test_a_missing_usage_is_an_answer_all_the_same(run: RunDir) -> None:
-    with misbehaving(lambda asked: answer(usage=False)) as server:
-        summary = generate(recipe_for(server), run, quiet=True)
-    assert (summary.answered, summary.completion_tokens) == (10, 0)
-    assert {record.usage.completion_tokens for record in completions(run)} == {None}
-
-
 @pytest.mark.parametrize(
     ("body", "kind"),
     [
@@ -178,14 +171,6 @@ def test_what_a_provider_withholds_is_a_failure(run: RunDir, body: dict[str, obj
     with misbehaving(one_bad(raw(json.dumps(body).encode(), status))) as server:
         assert generate(recipe_for(server), run, quiet=True).failed == 1
     assert [failure.error for failure in failures(run)] == [kind]
-
-
-def test_reasoning_tokens_are_recorded(run: RunDir) -> None:
-    body = reply("yes")
-    body["usage"]["completion_tokens_details"] = {"reasoning_tokens": 3}
-    with misbehaving(lambda asked: raw(json.dumps(body).encode())) as server:
-        generate(recipe_for(server), run, quiet=True)
-    assert {record.usage.reasoning_tokens for record in completions(run)} == {3}
 
 
 def refusing(asked: Asked) -> Behaviour:

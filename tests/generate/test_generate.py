@@ -301,7 +301,7 @@ def test_cut_off_at_max_tokens_is_an_answer(run: RunDir) -> None:
 def test_answers_that_lack_usage_or_finish_reason_or_hold_strange_text(run: RunDir) -> None:
     odd = raw(b'{"choices": [{"message": {"content": "emoji \\ud83d\\ude00, half \\ud83d."}}]}')
     with misbehaving(lambda asked: odd) as server:
-        generate(recipe_for(server, 1), run, quiet=True)
+        assert generate(recipe_for(server, 1), run, quiet=True).completion_tokens == 0
     (record,) = completions(run)
     assert (record.text, record.finish_reason, record.model) == ("emoji 😀, half \ufffd.", "unknown", "stub")
     assert (record.usage.prompt_tokens, record.usage.completion_tokens) == (None, None)

@@ -89,6 +89,20 @@ def test_a_limit_that_resets_after_more_than_a_minute_is_none_per_minute(declare
     assert (limits.delay(0, 1.0) > 0.0) == (declared is not None)
 
 
+def test_limits_that_move_give_nothing_back() -> None:
+    bucket = TokenBucket(6100, 0.0)  # 100 a second
+    for number in range(1000):
+        bucket.change(6100 if number % 2 else 12_200, 0.0)
+        bucket.take(1, 0.0)
+    assert bucket.delay(1, 0.0) > 4  # 1,000 were taken where 200 may go at once
+
+
+def test_limits_that_move_are_told_once_each() -> None:
+    limits = Limits(None, None, 0.0)
+    told = [limits.learn({"x-ratelimit-limit-requests": str(500 + 500 * (n % 2))}, 0.0) for n in range(6)]
+    assert told == ["allows 500 requests per minute", "allows 1,000 requests per minute", None, None, None, None]
+
+
 def test_nothing_left_pauses_until_the_reset() -> None:
     limits = Limits(None, None, 0.0)
     limits.learn({**HEADERS, "x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "6m0s"}, 0.0)
@@ -116,7 +130,7 @@ def test_a_process_takes_its_part() -> None:
 
 def test_headers_that_say_nothing_change_nothing() -> None:
     limits = Limits(None, None, 0.0)
-    for said in ("", "many", "-1", "0", "inf", "nan"):
+    for said in ("", "many", "100, 100;w=60", "-1", "0", "0.001", "1e308", "inf", "nan"):
         assert limits.learn({"x-ratelimit-limit-requests": said}, 0.0) is None
     assert not limits.any
 

@@ -12,7 +12,6 @@ import pytest
 
 from generate.batch_api import BatchApi
 from generate.client import check_teacher, headers_of
-from generate.limits import Limits, TokenBucket
 from generate.reply import Answer, Fault, read_answer, read_error
 from generate.run import generate
 from generate.streaming import stream, streaming_session
@@ -162,12 +161,6 @@ def test_an_answer_cut_off_in_its_reasoning_is_empty(content: str | None) -> Non
         "the answer has no text (finish_reason length, 500 reasoning tokens): it was cut off while the model was "
         "thinking; raise sampling.max_tokens"
     )
-
-
-def test_reasoning_is_in_the_record_and_not_in_the_text(run: RunDir) -> None:
-    with misbehaving(lambda asked: answer("<think>hm</think>two")) as server:
-        generate(recipe_for(server, 1), run, quiet=True)
-    assert [(row.reasoning, row.text) for row in completions(run)] == [("hm", "two")]
 
 
 def test_what_stands_beside_the_text_may_be_odd() -> None:
@@ -430,22 +423,6 @@ def test_a_reset_that_never_comes_ends_the_run(run: RunDir) -> None:
     ):
         generate(recipe_for(server, 4, generate={"concurrency": 1}), run, quiet=True)
     assert len(completions(run)) == 1
-
-
-def test_limits_that_move_give_nothing_back() -> None:
-    bucket = TokenBucket(6100, 0.0)  # 100 a second
-    for number in range(1000):
-        bucket.change(6100 if number % 2 else 12_200, 0.0)
-        bucket.take(1, 0.0)
-    assert bucket.delay(1, 0.0) > 4  # 1,000 were taken where 200 may go at once
-
-
-def test_limits_that_move_are_told_once_each_and_nonsense_never() -> None:
-    limits = Limits(None, None, 0.0)
-    told = [limits.learn({"x-ratelimit-limit-requests": str(500 + 500 * (n % 2))}, 0.0) for n in range(6)]
-    assert told == ["allows 500 requests per minute", "allows 1,000 requests per minute", None, None, None, None]
-    for nonsense in ("0.001", "1e308", "-3", "nan", "100, 100;w=60"):
-        assert Limits(None, None, 0.0).learn({"x-ratelimit-limit-requests": nonsense}, 0.0) is None
 
 
 @pytest.mark.parametrize(

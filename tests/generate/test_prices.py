@@ -16,11 +16,13 @@ HOSTED = "https://api.example.com/v1"
 @pytest.mark.parametrize(
     ("model", "input_usd", "output_usd"),
     [
+        ("gpt-4.1", 2, 8),
         ("gpt-4o", 2.5, 10),
         ("gpt-4o-2024-11-20", 2.5, 10),
         ("gpt-4o-2024-05-13", 5, 15),  # a snapshot that costs more than its family
         ("gpt-4o-mini-2024-07-18", 0.15, 0.6),
         ("GPT-4.1-nano", 0.1, 0.4),
+        ("claude-sonnet-4-5-20250929", 3, 15),
         ("models/gemini-2.5-flash-lite", 0.1, 0.4),
         ("deepseek/deepseek-v4-pro", 1.32, 3.96),
     ],
@@ -65,6 +67,15 @@ def test_the_recipe_s_own_price_comes_first() -> None:
     assert price_of(teacher) == Price(0, 1_500_000)
     assert price_of(teacher, "batch") == Price(0, 750_000)
     assert source_of(teacher) == "teacher.price"
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:8000/v1", "http://10.0.0.7/v1", "http://localhost:1/v1", "http://gpu1/v1"]
+)
+def test_a_server_of_one_s_own_has_no_price_but_the_recipe_s(url: str) -> None:
+    assert price_of(TeacherConfig(model="gpt-4.1", base_url=url)) is None
+    own = TeacherConfig(model="gpt-4.1", base_url=url, price={"input": 0.0375, "output": 0.15})
+    assert price_of(own) == Price(37_500, 150_000)
 
 
 def test_one_private_endpoint_of_several_leaves_the_price_open() -> None:
