@@ -15,6 +15,7 @@ Amounts are whole pico-dollars.
 """
 
 from collections.abc import Iterable, Sequence
+from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,9 +103,9 @@ class Budget:
         """
         self._config, self._price, self._before, self._file = config, price, spent, file
         self._account = account or Account()
-        self._tokens = None if config.tokens is None else max(config.tokens - spent.tokens, 0) // partition.of
-        self._cost = None if config.usd is None else max(round(config.usd * PICO) - spent.cost, 0) // partition.of
-        self._margins = 0, 0  # tokens that a prompt has had beyond the bound, and an answer beyond max_tokens
+        self._most_tokens = inf if config.tokens is None else max(config.tokens - spent.tokens, 0) // partition.of
+        self._most_cost = inf if config.usd is None else max(round(config.usd * PICO) - spent.cost, 0) // partition.of
+        self._prompt_margin = self._answer_margin = 0  # tokens that one has had beyond the bound, or beyond max_tokens
         self._refused = Spend()  # what the last request that did not fit could have cost
         self.used, self._reserved = Spend(), Spend()  # of this call: settled, and in flight
         self.unsaid = self._account.unsaid  # what is spent and the journal does not say; without what is in flight
@@ -127,10 +128,10 @@ class Budget:
     def reserve(self, body_bytes: int, max_tokens: int, answers: int = 1) -> Reservation | None:
         """Takes the most that a request for so many answers can cost; None if that could pass the budget."""
         prompt_tokens = bound(body_bytes)
-        most = Spend.of(prompt_tokens + self._margins[0], answers * (max_tokens + self._margins[1]), self._price)
+        completion_tokens = answers * (max_tokens + self._answer_margin)
+        most = Spend.of(prompt_tokens + self._prompt_margin, completion_tokens, self._price)
         total = self.used + self._reserved + most
-        too_many = self._tokens is not None and total.tokens > self._tokens
-        if too_many or (self._cost is not None and total.cost > self._cost):
+        if total.tokens > self._most_tokens or total.cost > self._most_cost:
             self._refused = most
             return None
         self._reserved += most
@@ -158,18 +159,17 @@ class Budget:
             used = Spend(max(most.tokens, counted.tokens), max(most.cost, counted.cost))
         else:
             used = counted
-            self._margins = (
-                max(self._margins[0], usage.prompt_tokens - reservation.prompt_tokens),
-                max(self._margins[1], -(-usage.completion_tokens // reservation.answers) - reservation.max_tokens),
-            )
+            of_an_answer = -(-usage.completion_tokens // reservation.answers)  # rounded up
+            self._prompt_margin = max(self._prompt_margin, usage.prompt_tokens - reservation.prompt_tokens)
+            self._answer_margin = max(self._answer_margin, of_an_answer - reservation.max_tokens)
         self.used += used
         said = (Spend.of(part.prompt_tokens or 0, part.completion_tokens or 0, self._price) for part in journaled)
         self.unsaid += used - sum(said, Spend())
 
     def limit_to(self, most: Spend) -> None:
         """This call may spend so much in all: what a lease of a larger budget allows (scale.request_leases)."""
-        self._tokens = None if self._config.tokens is None else most.tokens
-        self._cost = None if self._config.usd is None else most.cost
+        self._most_tokens = inf if self._config.tokens is None else most.tokens
+        self._most_cost = inf if self._config.usd is None else most.cost
 
     @property
     def spent(self) -> Spend:
