@@ -270,7 +270,7 @@ class Batches:
         if held := self._held.pop(chunk.name, None):
             self._limit.settle(held, None, billed=False)
 
-    async def _refused(self, chunk: Chunk, batch_id: str, words: str) -> None:
+    async def _wait_or_split(self, chunk: Chunk, batch_id: str, words: str) -> None:
         """The account has its limit of tokens enqueued: with others, this one waits; alone, it is too large.
 
         Raises DistillError where a file of one request is.
@@ -292,7 +292,8 @@ class Batches:
     async def _end(self, chunk: Chunk, batch: Batch) -> None:
         errors = (batch.errors.data if batch.errors else None) or []
         if batch.status == "failed" and any(error.code == FULL for error in errors):
-            await self._refused(chunk, batch.id, self._api.words("; ".join(str(error.message) for error in errors[:3])))
+            words = self._api.words("; ".join(str(error.message) for error in errors[:3]))
+            await self._wait_or_split(chunk, batch.id, words)
             return
         sent = self._folder.sent(chunk)
         asked = sent.keys() & self._reserved if batch.status != "failed" else ()  # one that failed was never at work

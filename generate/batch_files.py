@@ -52,14 +52,14 @@ class Chunk(msgspec.Struct, kw_only=True):
     collected: bool = False  # all that came of it is in the journals
 
 
-class State(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class _State(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     key: str  # tells this run's batches from others of the same account
     chunks: list[Chunk] = []
 
 
 def chunks_in(path: Path) -> list[Chunk]:
     """The chunks in a run's `batches/`. Raises DataError."""
-    state = read_json(path / "state.json", State, FIX)
+    state = read_json(path / "state.json", _State, FIX)
     return state.chunks if state else []
 
 
@@ -75,7 +75,7 @@ class Folder:
         """Raises DataError if the state exists and cannot be read."""
         self.path, self._file = path, path / "state.json"
         path.mkdir(parents=True, exist_ok=True)
-        self.state = read_json(self._file, State, FIX) or State(key=uuid4().hex)
+        self.state = read_json(self._file, _State, FIX) or _State(key=uuid4().hex)
 
     @property
     def live(self) -> list[Chunk]:

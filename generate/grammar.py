@@ -32,8 +32,8 @@ class Grammar:
             )
         _filled(self._reference, lambda text: _named_slots("prompts.reference", text, config.slots))
         self._digits = [_Digit(name, slot) for name, slot in config.slots.items()]
+        # How many different prompts there are: `choose` counts combinations, a value given twice counts once.
         self.size = math.prod(digit.size for digit in self._digits)
-        """How many different prompts there are: `choose` counts combinations, a value given twice counts once."""
 
     def at(self, index: int) -> tuple[str, Slots]:
         """The text and the slots' values of the prompt at an index in [0, size)."""
