@@ -342,7 +342,7 @@ def test_two_columns_of_one_name_are_refused_in_parquet_too(tmp_path: Path) -> N
         ),
         ("p.csv", "", {}, "p.csv: no prompts in it"),
         ("p.csv", "\nprompt\na\n", {}, "p.csv:1: the line is empty, but the first line names the columns; remove it"),
-        ("p.csv.gz", gzip.compress(b"prompt\na\n"), {}, "unpack a .gz or .zst first"),
+        ("p.csv.gz", gzip.compress(b"prompt\na\n", mtime=0), {}, "unpack a .gz or .zst first"),
         ("p.csv", "question,gold\na,b\n", {}, "p.csv:2: give either `messages` or `prompt`, or name its column"),
         ("p.csv", "question,gold\na,b\n", {"columns": {"prompt": "qestion"}}, "p.csv:2: no column 'qestion', which"),
         (
