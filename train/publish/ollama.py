@@ -21,6 +21,14 @@ OURS = {"max_tokens": "num_predict", "repetition_penalty": "repeat_penalty"} | {
 # The recipe's seed is no request's own: with one in the Modelfile, every answer to a question would be the same.
 NOT_MISSED = {"seed", "stop", *LOGPROBS}
 
+# A template of Ollama; each `%s` is a fixed text of the format, in the order of `ChatForm.go`.
+GO = (
+    "{{ if .System }}%s{{ .System }}%s{{ else }}%s{{ end }}"
+    "{{ range $i, $turn := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}"
+    '{{ if eq $turn.Role "user" }}%s{{ $turn.Content }}%s{{ if $last }}%s{{ end }}'
+    '{{ else if eq $turn.Role "assistant" }}%s{{ $turn.Content }}{{ if not $last }}%s{{ end }}{{ end }}{{ end }}'
+)
+
 
 class ChatForm(NamedTuple):
     """The fixed text of a chat format."""
@@ -34,21 +42,16 @@ class ChatForm(NamedTuple):
     def render(self, turns: Sequence[dict[str, str]]) -> str:
         """A conversation that ends with the user, as the model is asked it."""
         around = {"system": self.system, "user": self.user, "assistant": self.answer}
-        parts = [content.join(around[role]) for role, content in ((turn["role"], turn["content"]) for turn in turns)]
-        return "".join([*([] if turns[0]["role"] == "system" else [self.begin]), *parts, self.prompt])
+        text = "" if turns[0]["role"] == "system" else self.begin
+        for turn in turns:
+            before, after = around[turn["role"]]
+            text += before + turn["content"] + after
+        return text + self.prompt
 
     def go(self) -> str:
         """The format as a Go template for Ollama. A last answer is left open, so that the model continues it."""
-        before, after = (tuple(map(_literal, pair)) for pair in zip(self.user, self.answer, strict=True))
-        begin, (opened, closed), prompt = _literal(self.begin), map(_literal, self.system), _literal(self.prompt)
-        return (
-            f"{{{{ if .System }}}}{opened}{{{{ .System }}}}{closed}{{{{ else }}}}{begin}{{{{ end }}}}"
-            "{{ range $i, $turn := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}"
-            f'{{{{ if eq $turn.Role "user" }}}}{before[0]}{{{{ $turn.Content }}}}{after[0]}'
-            f"{{{{ if $last }}}}{prompt}{{{{ end }}}}"
-            f'{{{{ else if eq $turn.Role "assistant" }}}}{before[1]}{{{{ $turn.Content }}}}'
-            f"{{{{ if not $last }}}}{after[1]}{{{{ end }}}}{{{{ end }}}}{{{{ end }}}}"
-        )
+        texts = (*self.system, self.begin, *self.user, self.prompt, *self.answer)
+        return GO % tuple(text.replace("{{", '{{ "{{" }}') for text in texts)
 
 
 def chat_form(tokenizer: Any) -> ChatForm | None:
@@ -130,11 +133,6 @@ def _without_bos(form: ChatForm, tokenizer: Any) -> ChatForm:
     if not bos or tokenizer("x").input_ids[0] != tokenizer.bos_token_id:
         return form
     return form._replace(begin=form.begin.removeprefix(bos), system=(form.system[0].removeprefix(bos), form.system[1]))
-
-
-def _literal(text: str) -> str:
-    """Text as it stands in a Go template."""
-    return text.replace("{{", '{{ "{{" }}')
 
 
 def _cut(text: str, *words: str) -> list[str]:
