@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from trl import DistillationConfig, DistillationTrainer
-from trl.trainer.utils import RepeatSampler, pad
+from trl.trainer.utils import RepeatSampler
 
 from pipeline.errors import RecipeError
 from pipeline.teacher_config import TeacherConfig
@@ -21,7 +21,7 @@ from train.soft import load_teacher
 from train.student_trainer import ScoredOnText, StudentTrainer
 from train.teacher import FIX
 from train.tokens import prompt_of
-from train.told import SharedStart, Told, before_samples
+from train.told import TeacherPrompts, Told
 from train.top_k import COMPARED_ROWS, check_tokens, endpoint_client
 
 
@@ -46,9 +46,9 @@ class OnPolicyTrainer(ScoredOnText, SameEveryEpoch, DistillationTrainer):
     """DistillationTrainer with a student and rows as the other methods have them; `prompt` of a row: its tokens."""
 
     def __init__(self, *, tokenised: StudentTrainer, told: Told, **settings: Any) -> None:
-        self.micro, self.collate, self.told = tokenised.micro, tokenised.collate, told
+        self.micro, self.collate = tokenised.micro, tokenised.collate
         prompts = [prompt_of(row) for row in tokenised.train_dataset]
-        self.start = SharedStart(told, prompts)
+        self.teacher_prompts = TeacherPrompts(told, prompts)
         DistillationTrainer.__init__(
             self,
             model=tokenised.model,
@@ -64,11 +64,12 @@ class OnPolicyTrainer(ScoredOnText, SameEveryEpoch, DistillationTrainer):
     def _get_last_hidden_state(
         self, unwrapped_model: Any, input_ids: Any, attention_mask: Any, logits_to_keep: int, **more: Any
     ) -> Any:
-        if self.told and unwrapped_model is self.accelerator.unwrap_model(self.teacher_model):
-            blank, start = self.processing_class.pad_token_id, len(self.start.ids)
-            ids, mask = before_samples(input_ids, attention_mask, logits_to_keep, self.told, pad, blank, start)
-            places = mask.cumsum(dim=1)[:, start:] - 1
-            states = self.start.of(unwrapped_model, len(ids))
+        prompts = self.teacher_prompts
+        if prompts.told and unwrapped_model is self.accelerator.unwrap_model(self.teacher_model):
+            pad = self.processing_class.pad_token_id
+            ids, mask = prompts.before_samples(input_ids, attention_mask, logits_to_keep, pad)
+            places = mask.cumsum(dim=1)[:, len(prompts.start) :] - 1
+            states = prompts.start_states(unwrapped_model, len(ids))
             output = unwrapped_model.base_model(
                 input_ids=ids, attention_mask=mask, position_ids=places.clamp(min=0), past_key_values=states
             )

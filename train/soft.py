@@ -23,7 +23,7 @@ from train.machine import free_memory
 from train.student_trainer import Loss, StudentTrainer, completion_logits
 from train.teacher import FIX, check_same_tokens, followed_files, parameters_of
 from train.tokens import Batch, key_of
-from train.told import SharedStart, Told, of_teacher
+from train.told import TeacherPrompts
 from train.top_k import TopK
 
 
@@ -79,8 +79,7 @@ class SoftTrainer(StudentTrainer):
 class KdTrainer(SoftTrainer):
     """With the teacher beside the student: the divergence is over their shared vocabulary."""
 
-    told: Told  # this and the next are set before training
-    start: SharedStart
+    teacher_prompts: TeacherPrompts  # set before training
 
     def __init__(self, *, teacher: Any, **settings: Any) -> None:
         super().__init__(**settings)
@@ -92,8 +91,9 @@ class KdTrainer(SoftTrainer):
         from trl.experimental.gkd import GKDTrainer  # warns when it is imported; trainers run with warnings muted
 
         with torch.no_grad():
-            told = of_teacher(inputs, self.told, self.processing_class.pad_token_id, len(self.start.ids))
-            other, _, _ = completion_logits(self.teacher, told, self.start.of(self.teacher, len(told["labels"])))
+            told = self.teacher_prompts.in_batch(inputs, self.processing_class.pad_token_id)
+            start = self.teacher_prompts.start_states(self.teacher, len(told["labels"]))
+            other, _, _ = completion_logits(self.teacher, told, start)
         own, other = (either[:, : self.vocabulary].float() for either in (logits, other))
         temperature = self.soft.temperature
         return GKDTrainer.generalized_jsd_loss(own, other, beta=0, temperature=temperature, reduction="sum")

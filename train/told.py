@@ -4,11 +4,12 @@ What the teacher says of an answer counts only after its own prompt, in its own 
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from train.tokens import MASKED, Batch, TokenRow, asked_tokens, key_of, prompt_of
@@ -29,72 +30,66 @@ def told_prompts(rows: Sequence[TokenRow], examples: Sequence[Mapping[str, Any]]
     return told
 
 
-class SharedStart:
-    """The tokens that all of a teacher's prompts begin with, and their keys and values, which are computed once.
+class TeacherPrompts:
+    """The teacher's prompts, and the tokens that all of them begin with, whose keys and values are computed once.
 
     A schema or examples are most of such a prompt, and the teacher's weights do not change. `own`: the student's tokens
     of each prompt. If the teacher is told nothing of its own, there is no shared start.
     """
 
-    def __init__(self, told: Told, own: Iterable[Sequence[int]]) -> None:
-        prompts = [told.get(key_of(ids), ids)[:-1] for ids in own] if told else []  # the last token predicts the answer
+    def __init__(self, told: Told, own: Iterable[list[int]]) -> None:
+        self.told = told
+        prompts = [self.of(ids)[:-1] for ids in own] if told else []  # the last token predicts the answer
         same = takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))
-        self.ids = [column[0] for column in same]
-        self._cache: DynamicCache | None = None
+        self.start = [column[0] for column in same]
+        self._states: DynamicCache | None = None
 
-    def of(self, teacher: Any, rows: int) -> DynamicCache | None:
-        """A copy of the keys and values for a batch of `rows` rows; a forward pass of the teacher adds to it."""
-        if not self.ids:
+    def of(self, own: list[int]) -> list[int]:
+        """The teacher's prompt in place of the student's."""
+        return self.told.get(key_of(own), own)
+
+    def start_states(self, teacher: Any, rows: int) -> DynamicCache | None:
+        """A copy of the start's keys and values for a batch of so many rows; the teacher's forward pass adds to it."""
+        if not self.start:
             return None
-        if self._cache is None:
-            ids = torch.tensor([self.ids], device=teacher.device)
-            self._cache = teacher(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-        cache = copy.deepcopy(self._cache)
-        cache.batch_repeat_interleave(rows)
-        return cache
+        if self._states is None:
+            ids = torch.tensor([self.start], device=teacher.device)
+            self._states = teacher(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        states = copy.deepcopy(self._states)
+        states.batch_repeat_interleave(rows)
+        return states
 
+    def in_batch(self, batch: Batch, pad: int) -> Batch:
+        """A batch padded on the right (`input_ids`, `labels`, `attention_mask`) with the teacher's prompts.
 
-def of_teacher(batch: Batch, told: Told, pad: int, start: int) -> Batch:
-    """A batch padded on the right (`input_ids`, `labels`, `attention_mask`) with the teacher's prompts.
+        Ids and labels are without the shared start; in the mask it comes first. `pad`: the id that fills rows.
+        """
+        if not self.told:
+            return batch
+        rows, row_labels, start = list[torch.Tensor](), list[torch.Tensor](), len(self.start)
+        lengths, device = batch["attention_mask"].sum(dim=1).tolist(), batch["input_ids"].device
+        for ids, labels, length in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), lengths, strict=True):
+            own = prompt_of({"input_ids": ids, "labels": labels})
+            prompt, first = self.of(own), len(own)
+            rows.append(torch.tensor(prompt + ids[first:length], device=device))
+            row_labels.append(torch.tensor([MASKED] * len(prompt) + labels[first:length], device=device))
+        return {
+            "input_ids": pad_sequence(rows, batch_first=True, padding_value=pad)[:, start:],
+            "labels": pad_sequence(row_labels, batch_first=True, padding_value=MASKED)[:, start:],
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+        }
 
-    The first `start` tokens of each row are left out of ids and labels; the mask still has them.
-    """
-    if not told:
-        return batch
-    rows = []
-    for ids, labels, length in zip(
-        batch["input_ids"].tolist(), batch["labels"].tolist(), batch["attention_mask"].sum(dim=1).tolist(), strict=True
-    ):
-        own = prompt_of({"input_ids": ids, "labels": labels})
-        prompt, first = told.get(key_of(own), own), len(own)
-        rows.append((prompt + ids[first:length], [MASKED] * len(prompt) + labels[first:length]))
-    longest = max(len(ids) for ids, _ in rows)
-    blanks = [longest - len(ids) for ids, _ in rows]
-    columns = {
-        "input_ids": [ids + [pad] * blank for (ids, _), blank in zip(rows, blanks, strict=True)],
-        "labels": [labels + [MASKED] * blank for (_, labels), blank in zip(rows, blanks, strict=True)],
-        "attention_mask": [[1] * (longest - blank) + [0] * blank for blank in blanks],
-    }
-    full = {name: torch.tensor(values, device=batch["input_ids"].device) for name, values in columns.items()}
-    return {name: values if name == "attention_mask" else values[:, start:] for name, values in full.items()}
+    def before_samples(
+        self, ids: torch.Tensor, mask: torch.Tensor, keep: int, pad: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and mask of prompts padded on the left, before `keep` columns of answers, with the teacher's prompts.
 
-
-def before_samples(
-    ids: torch.Tensor,
-    mask: torch.Tensor,
-    keep: int,
-    told: Told,
-    pad: Callable[..., torch.Tensor],
-    pad_id: int,
-    start: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask of prompts padded on the left, before `keep` columns of answers, with the teacher's prompts.
-
-    `pad` is TRL's. The ids are without the first `start` tokens of each prompt; in the mask these come first.
-    """
-    own = [row[at.bool()].tolist() for row, at in zip(ids[:, :-keep], mask[:, :-keep], strict=True)]
-    prompts = [torch.tensor(told.get(key_of(prompt), prompt)[start:], device=ids.device) for prompt in own]
-    filled = pad(prompts, padding_value=pad_id, padding_side="left")
-    ones = pad([torch.ones_like(prompt) for prompt in prompts], padding_value=0, padding_side="left")
-    before = mask.new_ones(len(mask), start)
-    return torch.cat([filled, ids[:, -keep:]], dim=1), torch.cat([before, ones, mask[:, -keep:]], dim=1)
+        The ids are without the shared start; in the mask it comes first.
+        """
+        start = len(self.start)
+        own = [row[at.bool()].tolist() for row, at in zip(ids[:, :-keep], mask[:, :-keep], strict=True)]
+        prompts = [torch.tensor(self.of(prompt)[start:], device=ids.device) for prompt in own]
+        filled = pad_sequence(prompts, batch_first=True, padding_value=pad, padding_side="left")
+        ones = pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True, padding_side="left")
+        before = mask.new_ones(len(mask), start)
+        return torch.cat([filled, ids[:, -keep:]], dim=1), torch.cat([before, ones, mask[:, -keep:]], dim=1)

@@ -62,7 +62,7 @@ from train.tokens import (
     row_lengths,
     without_header,
 )
-from train.told import SharedStart, told_prompts
+from train.told import TeacherPrompts, told_prompts
 from train.top_k import ask_endpoint, read_stored
 
 ROUNDING_LOSS = 0.01  # nats per token, 1% of perplexity: what storing a model in its own dtype may cost
@@ -268,7 +268,7 @@ def _with_teacher(prepared: Prepared, shown: Sequence[dict[str, Any]], arguments
     elif config.kd.teacher == "served":
         trainer.known = ask_endpoint(setting, rows, tokenizer, told)
     else:
-        trainer.told, trainer.start = told, SharedStart(told, map(prompt_of, rows))
+        trainer.teacher_prompts = TeacherPrompts(told, map(prompt_of, rows))
     return trainer
 
 

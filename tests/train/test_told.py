@@ -7,7 +7,6 @@ import pytest
 import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl.trainer.utils import pad
 
 from pipeline.teacher_config import TeacherConfig
 from tests.servers.fake_vllm import scoring
@@ -18,7 +17,7 @@ from train.rows import to_examples
 from train.run import training_fingerprint
 from train.setting import Setting
 from train.tokens import MASKED, key_of
-from train.told import before_samples, of_teacher, told_prompts
+from train.told import TeacherPrompts, Told, told_prompts
 from train.top_k import ask_endpoint
 from train.trainer import prepare
 
@@ -35,19 +34,27 @@ def examples() -> dict[str, list[dict[str, Any]]]:
     return {"train": told[2:], "validation": [*rows[:2]]}
 
 
+def prompts_of(told: Told, start: int = 0) -> TeacherPrompts:
+    """The prompts of two questions, [5] and [5, 6], of which the first `start` tokens are left out."""
+    found = TeacherPrompts(told, [[5], [5, 6]])
+    found.start = found.start[:start]
+    assert len(found.start) == start
+    return found
+
+
 def test_a_batch_has_the_teachers_prompts_and_the_same_answers() -> None:
     batch = {
         "input_ids": torch.tensor([[5, 6, 7, 8], [5, 9, 0, 0]]),
         "labels": torch.tensor([[MASKED, MASKED, 7, 8], [MASKED, 9, MASKED, MASKED]]),
         "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
     }
-    assert of_teacher(batch, {}, 0, 0) is batch
+    assert prompts_of({}).in_batch(batch, 0) is batch
     told = {key_of([5]): [1, 2, 5], key_of([5, 6]): [1, 2, 5, 6]}
-    later = of_teacher(batch, told, 0, 2)
+    later = prompts_of(told, 2).in_batch(batch, 0)
     assert later["input_ids"].tolist() == [[5, 6, 7, 8], [5, 9, 0, 0]]
     assert later["labels"].tolist() == [[MASKED, MASKED, 7, 8], [MASKED, 9, MASKED, MASKED]]
     assert later["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]
-    found = of_teacher(batch, {key_of([5]): [1, 2, 5]}, 0, 0)
+    found = prompts_of({key_of([5]): [1, 2, 5]}).in_batch(batch, 0)
     assert found["input_ids"].tolist() == [[5, 6, 7, 8], [1, 2, 5, 9]]
     assert found["labels"].tolist() == [[MASKED, MASKED, 7, 8], [MASKED, MASKED, MASKED, 9]]
     assert found["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 1]]
@@ -55,7 +62,7 @@ def test_a_batch_has_the_teachers_prompts_and_the_same_answers() -> None:
 
 def test_samples_follow_the_teachers_prompts() -> None:
     ids, mask = torch.tensor([[5, 6, 7, 8], [0, 5, 9, 0]]), torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0]])
-    ids, mask = before_samples(ids, mask, 2, {key_of([5]): [1, 2, 5]}, pad, 0, 0)
+    ids, mask = prompts_of({key_of([5]): [1, 2, 5]}).before_samples(ids, mask, 2, 0)
     assert ids.tolist() == [[0, 5, 6, 7, 8], [1, 2, 5, 9, 0]]
     assert mask.tolist() == [[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
 
@@ -63,7 +70,7 @@ def test_samples_follow_the_teachers_prompts() -> None:
 def test_samples_follow_what_comes_after_the_shared_start() -> None:
     ids, mask = torch.tensor([[5, 6, 7, 8], [0, 5, 9, 0]]), torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0]])
     told = {key_of([5]): [1, 2, 5], key_of([5, 6]): [1, 2, 5, 6]}
-    ids, mask = before_samples(ids, mask, 2, told, pad, 0, 2)
+    ids, mask = prompts_of(told, 2).before_samples(ids, mask, 2, 0)
     assert ids.tolist() == [[5, 6, 7, 8], [0, 5, 9, 0]]
     assert mask.tolist() == [[1, 1, 1, 1, 1, 1], [1, 1, 0, 1, 1, 0]]
 
@@ -77,12 +84,13 @@ def test_the_teacher_reads_once_what_its_prompts_share(models: tuple[str, str], 
     with torch.no_grad():
         for batch in batches:
             trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(1))
-    start = len(trainer.start.ids)
+    prompts = trainer.teacher_prompts
+    start = len(prompts.start)
     system = trainer.processing_class("The cat is Tom.")["input_ids"]
     assert start > len(system)
-    told = [of_teacher(batch, trainer.told, 0, 0)["input_ids"].shape[1] for batch in batches]
+    told = [prompts.in_batch(batch, 0)["attention_mask"].shape[1] for batch in batches]
     assert read == [start, *(length - start for length in told)]
-    assert all(ids[:start] == trainer.start.ids and len(ids) > start for ids in trainer.told.values())
+    assert all(ids[:start] == prompts.start and len(ids) > start for ids in prompts.told.values())
 
 
 @pytest.mark.parametrize(("method", "architecture"), [("kd", "llama"), ("kd", "mixtral"), ("on_policy", "llama")])
@@ -107,9 +115,9 @@ def test_after_the_shared_start_the_teacher_says_what_it_says_after_the_whole(
         return hidden[batch["completion_mask"].bool()]
 
     with torch.no_grad():
-        after_start, trainer.start.ids = said(), []
-        assert trainer.start.of(teacher, 1) is None
-        whole, trainer.told = said(), {}
+        after_start, trainer.teacher_prompts.start = said(), []
+        assert trainer.teacher_prompts.start_states(teacher, 1) is None
+        whole, trainer.teacher_prompts.told = said(), {}
         torch.testing.assert_close(after_start, whole, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(said(), whole, rtol=1e-2)  # of what it is told it says something else
 
@@ -133,7 +141,7 @@ def scores(model: str, prompt: list[dict[str, Any]], answer: torch.Tensor) -> to
 
 def test_kd_follows_what_the_teacher_says_after_its_own_prompt(models: tuple[str, str], tmp_path: Path) -> None:
     trainer = prepared(models, tmp_path, method="kd", kd={"weights": "full", "alpha": 1.0})
-    assert len(trainer.told) == 4
+    assert len(trainer.teacher_prompts.told) == 4
     batch = trainer.data_collator([trainer.train_dataset[0]])
     row, answer = examples()["train"][0], batch["labels"][batch["labels"] != MASKED]
     q, p = scores(models[0], row["prompt"], answer), scores(models[1], row["told"], answer)
