@@ -10,8 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -192,18 +191,16 @@ def prepare(student: str, examples: Examples, setting: Setting) -> Prepared:
     plain_attention()
     with quiet():
         model, tokenizer, dtype = _load(student, config)
-        trainer, arguments = _trainer(model, tokenizer, examples, setting)
+        trainer = _trainer(model, tokenizer, examples, setting)
         if config.loss_on == "all" and (header := answer_header(tokenizer)):
             trainer.train_dataset = trainer.train_dataset.map(without_header, fn_kwargs={"header": header})
             trainer.eval_dataset = trainer.eval_dataset.map(without_header, fn_kwargs={"header": header})
         prepared = ready(trainer, dtype, setting)
-        faults = _faults(prepared, examples, tokenizer)
         shown = Lazy(prepared.rows["train"], examples["train"].__getitem__)
+        faults = _faults(prepared, examples, tokenizer)
         differing = differing_prompts(trainer.train_dataset, shown, tokenizer)
-        if shown and config.soft:
-            arguments["warmup_steps"] = trainer.args.warmup_steps
-            prepared = replace(prepared, trainer=_with_teacher(prepared, shown, arguments))
-    return replace(prepared, faults=faults, differing=differing)
+        following = _with_teacher(prepared, shown) if shown and config.soft else trainer
+    return replace(prepared, trainer=following, faults=faults, differing=differing)
 
 
 def _faults(prepared: Prepared, examples: Examples, tokenizer: Any) -> dict[str, list[str]]:
@@ -214,12 +211,11 @@ def _faults(prepared: Prepared, examples: Examples, tokenizer: Any) -> dict[str,
         every = sum(map(len, prepared.rows.values()))
         return {"vocabulary": [f"the padding token has the id {pad}, the model knows {known:,} tokens"] * every}
     seen, stops = chain(trainer.train_dataset, trainer.eval_dataset), stop_tokens(tokenizer, trainer.model)
-    check = partial(label_faults, seen, stops=stops, decode=tokenizer.decode, known=known)
-    if prepared.setting.config.loss_on == "last":
-        return check()
-    texts = (examples[part][index] for part, rows in prepared.rows.items() for index in rows)
-    prompts = (asked_tokens(text["prompt"], text["tools"], tokenizer) for text in texts)
-    return check(prompts=prompts)
+    prompts: Iterator[Sequence[int]] = repeat(())
+    if prepared.setting.config.loss_on == "all":
+        texts = (examples[part][index] for part, rows in prepared.rows.items() for index in rows)
+        prompts = (asked_tokens(text["prompt"], text["tools"], tokenizer) for text in texts)
+    return label_faults(seen, stops=stops, decode=tokenizer.decode, known=known, prompts=prompts)
 
 
 def ready(trainer: Any, dtype: torch.dtype, setting: Setting) -> Prepared:
@@ -245,11 +241,13 @@ def ready(trainer: Any, dtype: torch.dtype, setting: Setting) -> Prepared:
     return Prepared(trainer, setting, kept, lengths, dtype, precision(config.weights), milestones, progress)
 
 
-def _with_teacher(prepared: Prepared, shown: Sequence[dict[str, Any]], arguments: dict[str, Any]) -> Any:
+def _with_teacher(prepared: Prepared, shown: Sequence[dict[str, Any]]) -> Any:
     """The trainer that follows the teacher, which reads its own prompts; `shown` are the texts of the training rows."""
     trainer, setting = prepared.trainer, prepared.setting
     config, teacher = setting.config, setting.teacher
     assert teacher is not None
+    arguments = training_arguments(config, setting.folder, checkpointing=trainer.args.gradient_checkpointing)
+    arguments["warmup_steps"] = trainer.args.warmup_steps
     if config.method == "gold":
         from train.gold import gold_trainer  # here: TRL warns when it is imported
 
@@ -324,8 +322,8 @@ def check_marks(tokenizer: Any) -> None:
         )
 
 
-def _trainer(model: Any, tokenizer: Any, examples: Examples, setting: Setting) -> tuple[StudentTrainer, dict[str, Any]]:
-    """The trainer of the recipe's method, or of its rows' text, tokenised, and the arguments of any of TRL's trainers.
+def _trainer(model: Any, tokenizer: Any, examples: Examples, setting: Setting) -> StudentTrainer:
+    """The trainer of the recipe's method, or of its rows' text, tokenised.
 
     Says what memory a teacher or checkpointing is about.
     """
@@ -345,12 +343,11 @@ def _trainer(model: Any, tokenizer: Any, examples: Examples, setting: Setting) -
         f"{precision(config.weights)}; attention: {attention}; {most:,} tokens per forward pass, at most"
         + ("; layers compiled in the first steps" if compiling else "")
     )
-    arguments = training_arguments(config, folder, checkpointing=checkpointing)
     read = Lazy(examples["train"], lambda row: {name: row[name] for name in ("prompt", "completion", "tools")})
     settings: dict[str, Any] = {
         "model": model,
         "args": SFTConfig(
-            **arguments,
+            **training_arguments(config, folder, checkpointing=checkpointing),
             fsdp=processes.sharded,
             pad_to_multiple_of=GPU_WIDTH if torch.cuda.is_available() else None,
             packing=False,  # train.padding_free does without padding, and keeps rows apart
@@ -377,7 +374,7 @@ def _trainer(model: Any, tokenizer: Any, examples: Examples, setting: Setting) -
         trained_in_float32(trainer.model)
     if compiling:
         compile_layers(trainer.model, adapters=config.weights != "full")
-    return trainer, arguments
+    return trainer
 
 
 @contextmanager
