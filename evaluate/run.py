@@ -302,36 +302,28 @@ def _unseen_rows(plan: Plan, probed: dict[str, ProbeResult]) -> list[Kept]:
 def _judge(
     plan: Plan, probed: dict[str, ProbeResult], *, measure: bool
 ) -> tuple[JudgeResult | None, str, DistillError | None]:
-    """What the judge says; else why it says nothing, with the error if there was one."""
+    """What the judge says; what of it is missing, and the error that is raised for it once the report is written."""
     judge, answers = find_judge(plan.recipe, plan.run), probe_answers(plan.probes, probed)
     if judge is None or not any(answers.values()):
         return None, "", None
     entry = Entry(plan.run.path / FOLDER / "judged.json", judged_fingerprint(judge, answers))
-    judged = entry.read(JudgeResult)
-    if not measure or (judged and not judged.failed and not plan.force):
-        return judged, _incomplete(judged), None
-    name, url = judge.endpoint.model, judge.endpoint.url
-    if is_loopback(url) and not is_port_open(url):
-        why = f"The judge was not asked: nothing answers at {url}; start {name} there, and evaluate again."
-        say(f"warning: {why}")
-        return judged, why, None
-    say(f"judge {name}: {sum(map(len, answers.values()))} answers and their pairs")
-    try:
-        judged = entry.write(judge_answers(judge, plan.run, answers))
-    except DistillError as error:
-        return judged, f"The judge's scores and win rates are not complete: {error}", error
-    why = _incomplete(judged)
-    return judged, why, RequestsFailed(why) if why else None
-
-
-def _incomplete(judged: JudgeResult | None) -> str:
-    """What failed where the judge was asked; empty if nothing did."""
+    judged, missing = entry.read(JudgeResult), "The judge's scores and win rates are not complete: "
+    if measure and (judged is None or judged.failed or plan.force):
+        name, url = judge.endpoint.model, judge.endpoint.url
+        if is_loopback(url) and not is_port_open(url):
+            why = f"The judge was not asked: nothing answers at {url}; start {name} there, and evaluate again."
+            say(f"warning: {why}")
+            return judged, why, None
+        say(f"judge {name}: {sum(map(len, answers.values()))} answers and their pairs")
+        try:
+            judged = entry.write(judge_answers(judge, plan.run, answers))
+        except DistillError as error:
+            return judged, f"{missing}{error}", error
     if judged is None or not judged.failed:
-        return ""
-    return (
-        f"The judge's scores and win rates are not complete: {judged.failed:,} of the requests to {judged.model} "
-        "failed for good; evaluate again, and they are made again"
-    )
+        return judged, "", None
+    requests = f"{judged.failed:,} of the requests to {judged.model}"
+    why = f"{missing}{requests} failed for good; evaluate again, and they are made again"
+    return judged, why, RequestsFailed(why)
 
 
 def _record(run: RunDir, report: Report) -> None:
