@@ -13,7 +13,7 @@ from typing import Literal
 
 import msgspec
 
-from evaluate.document import Claim, Estimate, ModelReport, Scope, exactly
+from evaluate.document import MEASURES, Claim, Estimate, ModelReport, Scope, exactly
 from evaluate.figures.quality import PROMPTS_TO_DIFFER
 from evaluate.figures.statistics import Figures, quotient
 from pipeline.students import AFTER, TEACHER
@@ -39,28 +39,23 @@ def claims(
     speed if it was timed on several `machines`.
     """
     test, probes, right = (figures.get(part, {}) for part in ("test", "all", "verified"))
-    size, weights = (_times(teacher, after, name) for name in ("parameters", "weights_mib"))
     if verified:
-        text = "right answers to test prompts, student's over teacher's"
-        quality = [_quality("quality_accuracy", text, right, "accuracy", AFTER, TEACHER)]
+        quality = [_quality("quality_accuracy", "right answers to test prompts", right, "accuracy")]
         rate, unit = "answers_per_s", "answers/s as each is asked"
     else:
-        bits = "bits per character, teacher's over student's"
-        passing = "probes that pass the rules, student's over teacher's"
-        judged = "judge's mean above 1, student's over teacher's"
         quality = [
-            _quality("quality_bits", bits, test, "bits_per_character", TEACHER, AFTER),
-            _quality("quality_probes", passing, probes, "passing", AFTER, TEACHER),
-            _quality("quality_judge", judged, probes, "judge", AFTER, TEACHER, less=LEAST_SCORE),
+            _quality("quality_bits", "bits per character", test, "bits_per_character"),
+            _quality("quality_probes", "probes that pass the rules", probes, "passing"),
+            _quality("quality_judge", "judge's mean above 1", probes, "judge", less=LEAST_SCORE),
         ]
         rate, unit = "tokens_per_s", "tokens/s saturated"
     speed = _speed(teacher, after, rate) if len(machines) < 2 else None
     once = speed is not None and speed.low == speed.high  # one timing does not say how far another would differ
     return [
         *quality,
-        _claim("size", "memory", "parameters, teacher's over student's", size),
+        _claim("size", "memory", "parameters, teacher's over student's", _times(teacher, after, "parameters")),
         _claim("speed", "speed", f"{unit}, student's over teacher's", speed, once=once),
-        _claim("memory", "memory", "weights, teacher's over student's", weights),
+        _claim("memory", "memory", "weights, teacher's over student's", _times(teacher, after, "weights_mib")),
     ]
 
 
@@ -80,9 +75,14 @@ def ratio_format(claim: Claim) -> Callable[[float], str]:
     return lambda value: f"{value:.2f}×" if value < 10 else f"{value:.0f}×"
 
 
-def _quality(name: str, text: str, figures: Figures, figure: str, above: str, below: str, less: float = 0) -> Claim:
+def _quality(name: str, what: str, figures: Figures, figure: str, less: float = 0) -> Claim:
+    """A student that is as good as its teacher has a ratio of 1, a better one has more."""
+    above, below, over = AFTER, TEACHER, "student's over teacher's"
+    if MEASURES[figure].better == "lower":
+        above, below, over = TEACHER, AFTER, "teacher's over student's"
     prompts = [own[figure].prompts for key in (above, below) if figure in (own := figures.get(key, {}))]
-    return _claim(name, "quality", text, quotient(figures, figure, above, below, less), min(prompts, default=0))
+    ratio = quotient(figures, figure, above, below, less)
+    return _claim(name, "quality", f"{what}, {over}", ratio, min(prompts, default=0))
 
 
 def _claim(
