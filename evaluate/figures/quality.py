@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import NamedTuple
 
 import msgspec
@@ -60,7 +59,7 @@ def groups_of(rows: Iterable[Prompt | Kept], config: PromptsConfig) -> dict[str,
 
 
 def perplexity_figures(
-    scores: Mapping[str, Sequence[RowScore]], groups: Mapping[str, Hashable] = MappingProxyType({})
+    scores: Mapping[str, Sequence[RowScore]], groups: Mapping[str, Hashable] = {}
 ) -> dict[str, dict[str, Figure]]:
     """Every model's perplexity and bits per character. All models must have scored the same rows.
 
@@ -242,8 +241,8 @@ def win_rates(judged: JudgeResult | None, quality: Quality) -> list[WinRate]:
 def _win_rate(against: str, part: Scope, pairs: Sequence[PairVerdict], groups: Mapping[str, Hashable]) -> WinRate:
     judged = [pair for pair in pairs if pair.student_first and pair.student_second]
     both = [(pair.student_first, pair.student_second) for pair in judged]
-    wins, losses = both.count(("A", "B")), both.count(("B", "A"))
-    points = [0.5 + (pair == ("A", "B")) / 2 - (pair == ("B", "A")) / 2 for pair in both]
+    points = [1.0 if pair == ("A", "B") else 0.0 if pair == ("B", "A") else 0.5 for pair in both]
+    wins, losses = points.count(1.0), points.count(0.0)
     rate = ratio(points, [1.0] * len(points), draw([groups[pair.prompt_id] for pair in judged])) if points else None
     chosen = [choice for pair in both for choice in pair if choice != "tie"]
     return WinRate(
