@@ -45,20 +45,20 @@ class Asked:
     """The questions that a run has asked, whatever their spacing and case, and the values of their slots."""
 
     def __init__(self, prompts: Iterable[Prompt | Kept]) -> None:
-        self._known: set[bytes] = set()  # digests of questions, and of combinations of values
+        self._known: set[int] = set()  # hashes of questions, and of combinations of values
         self.values: dict[str, set[str]] = {}  # that each slot has had
         for prompt in prompts:
-            self._known |= {_digest(question_text(prompt.messages)), _digest(_combination(prompt.slots))}
+            self._known |= {hash(question_text(prompt.messages)), hash(_combination(prompt.slots))}
             for name in prompt.slots:
                 self.values.setdefault(name, set()).update(_values(prompt.slots, name))
 
     def has(self, prompt: Prompt) -> bool:
         """Whether these words were asked."""
-        return _digest(question_text(prompt.messages)) in self._known
+        return hash(question_text(prompt.messages)) in self._known
 
     def has_combination(self, prompt: Prompt) -> bool:
         """Whether a prompt of any template had these values, in any order."""
-        return _digest(_combination(prompt.slots)) in self._known
+        return hash(_combination(prompt.slots)) in self._known
 
 
 def choose_probes(recipe: Recipe, run: RunDir, test_rows: Sequence[Kept]) -> ProbePrompts:
@@ -234,7 +234,3 @@ def _values(slots: Slots, name: str) -> list[str]:
 
 def _combination(slots: Slots) -> str:
     return repr(sorted((name, sorted(_values(slots, name))) for name in slots))
-
-
-def _digest(text: str) -> bytes:
-    return blake2b(text.encode(), digest_size=16).digest()
