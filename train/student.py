@@ -70,26 +70,30 @@ def _built(recipe: Recipe, rows: Sequence[Kept]) -> tuple[Any, Any, dict[str, An
     """The model, its tokenizer, and what there is to say of how they were made."""
     assert recipe.student is not None
     student, template = recipe.student, recipe.student.chat_template
-    if student.new is not None:
-        if student.tokenizer is not None:
-            tokenizer = read_tokenizer(resolve_model(student.tokenizer))
-        else:
-            tokenizer = train_tokenizer(_texts(recipe, rows), vocabulary_of(student.new))
-        if template is None and not tokenizer.chat_template:
-            template = CHATML
-    elif student.pruned:
+    if student.new:
+        return _new(recipe, student.new, rows)
+    if student.pruned:
         model, tokenizer, facts = _pruned(recipe.teacher.model, student.pruned)
     else:
         model, tokenizer, facts = _loaded(student.model), read_tokenizer(resolve_model(student.model)), {}
     if template is not None:
         apply_template(tokenizer, template)
-    if student.new is not None:
-        model = random_model(student.new, tokenizer, seed=recipe.train.seed, context=recipe.train.max_length)
-        facts = {"vocabulary": len(tokenizer), "layers": model.config.num_hidden_layers}
-        facts |= {"width": model.config.hidden_size, "parameters": model.num_parameters()}
-    if template is not None:
         model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     return model, tokenizer, facts
+
+
+def _new(recipe: Recipe, parameters: int, rows: Sequence[Kept]) -> tuple[Any, Any, dict[str, Any]]:
+    """A student with random weights; its tokenizer is trained on the rows, unless the recipe names one."""
+    assert recipe.student is not None
+    if recipe.student.tokenizer is not None:
+        tokenizer = read_tokenizer(resolve_model(recipe.student.tokenizer))
+    else:
+        tokenizer = train_tokenizer(_texts(recipe, rows), vocabulary_of(parameters))
+    if recipe.student.chat_template is not None or not tokenizer.chat_template:
+        apply_template(tokenizer, recipe.student.chat_template or CHATML)
+    model = random_model(parameters, tokenizer, seed=recipe.train.seed, context=recipe.train.max_length)
+    facts = {"vocabulary": len(tokenizer), "layers": model.config.num_hidden_layers}
+    return model, tokenizer, facts | {"width": model.config.hidden_size, "parameters": model.num_parameters()}
 
 
 def load_tokenizer(student: str) -> Any:
