@@ -8,7 +8,7 @@ is saved: after a kill, the same command continues from the last one.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from functools import partial
@@ -104,14 +104,13 @@ def train_run(
         if processes.lead_in_folder:
             _complete(recipe, run, work, parts)
         return
-    decide = partial(settle, run=run, console=console, accepted=recipe.train.accept, force=force, write=processes.lead)
     logprobs = run.logprobs if recipe.train.kd.teacher == "stored" else run.teacher_logprobs
     setting = Setting(recipe.train, work, console, processes, recipe.teacher, logprobs)
     with extra_needed():
         if start and pairs is not None:
-            prepared, checks = _on_pairs(start, pairs, recipe, setting, decide)
+            prepared, checks = _on_pairs(start, pairs, recipe, run, setting, force=force)
         else:
-            prepared, checks = _on_rows(parts, start, recipe, run, setting, decide, allow_chain=allow_chain)
+            prepared, checks = _on_rows(parts, start, recipe, run, setting, force=force, allow_chain=allow_chain)
     rows = {part: len(own) for part, own in prepared.rows.items()} | {"test": len(parts.test)}
     console.print(f"training on {prepared.seen} rows; {rows['validation']} validate, {rows['test']} test")
     with processes.lead_first():
@@ -187,8 +186,8 @@ def _on_rows(
     recipe: Recipe,
     run: RunDir,
     setting: Setting,
-    decide: Callable[..., list[Check]],
     *,
+    force: bool,
     allow_chain: bool,
 ) -> tuple["Prepared", list[Check]]:
     """All before the first step on kept rows: the student, the checks, the tokens. Writes validation.jsonl.
@@ -205,7 +204,7 @@ def _on_rows(
         lineage = read_lineage(run)
         checks += row_checks(parts, lineage, recipe)
         checks += pair_checks(recipe, student, tokenizer, parts.all, lineage, allow_chain=allow_chain)
-        decide(checks)
+        settle(checks, run, setting, force=force)
     shape = partial(to_examples, student=recipe.student, reasoning=reasoning_form(config, tokenizer))
     examples = {"train": shape(parts.train), "validation": shape(parts.validation)}
     if config.soft:
@@ -214,7 +213,7 @@ def _on_rows(
         prepared = prepare(student, examples, setting)
     ids = (row.id for row in joined(parts.train, parts.validation))
     of_tokens = list(token_checks(prepared, ids, config))
-    checks = decide(of_tokens, earlier=checks)
+    checks = settle(of_tokens, run, setting, force=force, earlier=checks)
     if processes.lead:
         write_jsonl(run.validation, (parts.validation[index] for index in prepared.rows["validation"]))
     return prepared, checks
@@ -230,14 +229,14 @@ def _of_teacher(row: Kept, recipe: Recipe) -> dict[str, Any]:
 
 
 def _on_pairs(
-    start: Path, pairs: Pairs, recipe: Recipe, setting: Setting, decide: Callable[..., list[Check]]
+    start: Path, pairs: Pairs, recipe: Recipe, run: RunDir, setting: Setting, *, force: bool
 ) -> tuple["Prepared", list[Check]]:
     """All before the first step on preferences; what was checked before the training on rows is not checked again."""
     from train.dpo import prepare_dpo
 
     prepared = prepare_dpo(start, pairs, recipe, setting)
     of_tokens = list(token_checks(prepared, [pair.id for part in pairs for pair in pairs[part]], recipe.train))
-    return prepared, decide(of_tokens, earlier=checks_of(start))
+    return prepared, settle(of_tokens, run, setting, force=force, earlier=checks_of(start))
 
 
 def training_fingerprint(recipe: Recipe, run: RunDir, start: Path | None = None) -> str:

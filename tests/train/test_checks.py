@@ -23,6 +23,7 @@ from train.checks.pair import chain_check, markup_check, size_check, template_ch
 from train.checks.run import settle
 from train.rows import Parts, part_rows
 from train.run import train_run
+from train.setting import Setting
 from train.teacher import Card, known_files, parameters_of, read_card
 
 DEFAULT_SYSTEM = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are kind.<|im_end|>\n{% endif %}"
@@ -511,9 +512,10 @@ def test_force_never_goes_past_a_failure(tmp_path: Path, capsys: pytest.CaptureF
         Check(name="licence", status="warn", value=None, finding="unknown [terms]"),
         Check(name="eos", status="fail", value=3, finding="no end", fix="fix it"),
     ]
-    run = RunDir(tmp_path)
+    run, accepting = RunDir(tmp_path), make_recipe("student", accept=["licence"]).train
+    setting = Setting(accepting, tmp_path, Console(stderr=True, soft_wrap=True))
     with pytest.raises(DataError, match=r"^check eos: no end; fix it; nothing was trained$"):
-        settle(checks, run, Console(stderr=True, soft_wrap=True), accepted=["licence"], force=True)
+        settle(checks, run, setting, force=True)
     assert capsys.readouterr().err.splitlines() == ["  warn  licence  unknown [terms]", "  fail  eos      no end"]
 
 

@@ -3,14 +3,14 @@
 Writes checks.json. The checks are in the modules beside this one: data, pair and licences.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
-from rich.console import Console
 from rich.text import Text
 
 from pipeline.checks import COLOURS, Check, Status
 from pipeline.errors import DataError, UsageError
 from pipeline.rundir import RunDir, write_json
+from train.setting import Setting
 
 
 def graded(name: str, value: float, finding: str, *, passes: bool, otherwise: Status, fix: str) -> Check:
@@ -20,25 +20,18 @@ def graded(name: str, value: float, finding: str, *, passes: bool, otherwise: St
 
 
 def settle(
-    checks: Sequence[Check],
-    run: RunDir,
-    console: Console,
-    *,
-    earlier: Sequence[Check] = (),
-    accepted: Collection[str] = (),
-    force: bool = False,
-    write: bool = True,
+    checks: Sequence[Check], run: RunDir, setting: Setting, *, force: bool, earlier: Sequence[Check] = ()
 ) -> list[Check]:
     """Shows a line per check, and writes them after the `earlier` ones as checks.json, unless another process does.
 
     Returns all of them; of two with one name the later one. Raises DataError if a check failed, UsageError if one warns
-    that is neither in `accepted` nor forced.
+    that is neither in `train.accept` nor forced.
     """
     width = max((len(check.name) for check in checks), default=0)
     for check in checks:
         colour = COLOURS[check.status]
-        console.print(Text.assemble("  ", (check.status, colour), f"  {check.name:<{width}}  {check.finding}"))
-    stopping = [c for c in checks if c.status == "warn" and not force and c.name not in accepted]
+        setting.console.print(Text.assemble("  ", (check.status, colour), f"  {check.name:<{width}}  {check.finding}"))
+    stopping = [c for c in checks if c.status == "warn" and not force and c.name not in setting.config.accept]
     failed = [check for check in checks if check.status == "fail"]
     names = {check.name for check in checks}
     whole = [*(check for check in earlier if check.name not in names), *checks]
@@ -47,7 +40,7 @@ def settle(
         "accepted": [c.name for c in whole if c.status == "warn" and c not in stopping],
         "stopped_by": [check.name for check in (*failed, *stopping)],
     }
-    if write:
+    if setting.processes.lead:
         write_json(run.checks, table)
     if failed:
         raise DataError(f"{_named(failed)}; nothing was trained")
