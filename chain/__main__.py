@@ -95,7 +95,7 @@ def run_stages(recipe: Recipe, run: RunDir, options: Namespace, *, asks: bool) -
     if judged == REQUESTS_FAILED:
         raise RequestsFailed(f"the judge gave no answer about some rows; see {run.dropped}")
     if evaluated == REQUESTS_FAILED:
-        raise RequestsFailed(f"the judge gave no verdict on some answers; see {run.report_html}")
+        raise RequestsFailed(f"some requests of the evaluation failed for good; see {run.report_html}")
 
 
 def check_files(recipe: Recipe, run: RunDir, recipe_path: Path) -> None:

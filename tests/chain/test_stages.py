@@ -213,13 +213,14 @@ def test_with_all_answers_there_the_teacher_is_served_for_the_stages_that_may_st
     assert served == up
 
 
-def test_a_judge_that_gave_the_evaluation_no_verdict_ends_the_chain_with_4(
+def test_an_evaluation_with_requests_that_failed_ends_the_chain_with_4(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Those of the judge or of a model: the report says whose."""
     monkeypatch.setattr(chain.__main__, "stage", lambda name, *_: 4 if name == "evaluate" else 0)
     monkeypatch.setattr(chain.__main__, "pending", lambda *_: 0)
     recipe = write_recipe(f"http://127.0.0.1:{free_port()}/v1", tmp_path)
-    with pytest.raises(RequestsFailed, match=r"no verdict on some answers; see .*report\.html"):
+    with pytest.raises(RequestsFailed, match=r"^some requests of the evaluation failed .*; see .*report\.html"):
         chain.__main__.main([str(recipe), "--run", str(tmp_path / "run")])
 
 
