@@ -33,7 +33,7 @@ from pipeline.errors import DistillError
 from pipeline.generate_config import GenerateConfig
 from pipeline.prompts_config import PromptsConfig
 from pipeline.recipe import Recipe
-from pipeline.records import Completion, Failure, Json, Kept, Prompt, asked_fields, read_jsonl
+from pipeline.records import Completion, Failure, Kept, Prompt, asked_fields, read_jsonl
 from pipeline.rundir import SERVED, RunDir, write_jsonl
 from pipeline.section import BudgetConfig
 from pipeline.students import TEACHER
@@ -193,15 +193,15 @@ def _answers_in(folder: Path, recipe: Recipe, prompts: Sequence[Prompt]) -> list
     a finish_reason. Requests that failed for any other reason have none. What a model thought is apart from its text,
     as it is for the teacher's answers (pipeline.reasoning).
     """
-    run, asking = RunDir(folder), _asking(recipe, folder)
-    found = dict[str, tuple[str, str, str, list[Json]]]()
+    run, asking, model = RunDir(folder), _asking(recipe, folder), recipe.teacher.model
+    by_id, found = {prompt.id: prompt for prompt in prompts}, dict[str, Kept]()
     for request, failure in asked_rows(asking, run.failures, Failure):
         if failure.error == "empty_answer":
-            found[request.prompt_id] = ("", failure.error, "", [])
+            found[request.prompt_id] = answer_row(model, by_id[request.prompt_id], "", failure.error)
     for request, row in asked_rows(asking, run.completions, Completion):
-        found[request.prompt_id] = (row.text, row.finish_reason, row.reasoning, row.tool_calls)
-    by_id, model = {prompt.id: prompt for prompt in prompts}, recipe.teacher.model
-    return [answer_row(model, prompt, *found[id_]) for id_, prompt in by_id.items() if id_ in found]
+        prompt = by_id[request.prompt_id]
+        found[prompt.id] = answer_row(model, prompt, row.text, row.finish_reason, row.reasoning, row.tool_calls)
+    return [found[id_] for id_ in by_id if id_ in found]
 
 
 def _cycle(prompts: Sequence[Prompt], start: int, count: int) -> list[Prompt]:
