@@ -100,13 +100,12 @@ def by_category(verified: VerifiedAnswers, config: PromptsConfig, name: str) -> 
     """Each model's share of right answers, by what the prompts have under this name; unseen ones apart."""
     groups: dict[str, list[Prompt]] = {}
     for part, prompts in verified.prompts.items():
+        mark = ", unseen" if part == "verified_unseen" else ""
         for prompt in prompts:
             value = config.category_of(prompt, name)
-            text = "none" if value is None else as_text(value)
-            groups.setdefault(text + ", unseen" * (part == "verified_unseen"), []).append(prompt)
-    return {
-        name: {key: share.estimate() for key, share in verified.shares(groups[name]).items()} for name in sorted(groups)
-    }
+            groups.setdefault(("none" if value is None else as_text(value)) + mark, []).append(prompt)
+    shares = {category: verified.shares(groups[category]) for category in sorted(groups)}
+    return {category: {key: share.estimate() for key, share in own.items()} for category, own in shares.items()}
 
 
 def verified_samples(verified: VerifiedAnswers, labels: Mapping[str, str]) -> list[Sample]:

@@ -67,7 +67,8 @@ def stages_again(run: RunDir) -> list[str]:
 def of_right_answers(plan: Plan, verified: VerifiedAnswers | None) -> Iterator[str]:
     """Of the right answers: what was asked, how, and how far they can be trusted."""
     if not verified:
-        yield from ["The answers were not verified: no model was served."] * bool(plan.verify.rules)
+        if plan.verify.rules:
+            yield "The answers were not verified: no model was served."
         return
     recipe, rules = plan.recipe, ", ".join(rule.label for rule in plan.verify.rules)
     count, unseen = (len(verified.prompts.get(part, [])) for part in ("verified", "verified_unseen"))
