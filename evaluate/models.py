@@ -39,8 +39,7 @@ from serve.model_facts import DTYPE_BYTES, model_facts
 FLOAT32_BYTES = 4
 MEMORY_SHARE = 0.6  # of all memory, that a model's weights may take
 
-
-Asked = TypeVar("Asked", Prompt, Kept)
+Row = TypeVar("Row", Prompt, Kept)
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def subjects(recipe: Recipe, run: RunDir) -> list[Subject]:
     ]
 
 
-def as_asked(recipe: Recipe, subject: Subject, asked: Sequence[Asked], *, told: bool = False) -> list[Asked]:
+def as_asked(recipe: Recipe, subject: Subject, asked: Sequence[Row], *, told: bool = False) -> list[Row]:
     """Prompts, or rows, as a model is asked them: the teacher is told what the recipe tells it, a student is not.
 
     `told`: a student is, too.

@@ -41,7 +41,7 @@ class ProbePrompts:
         return [*self.seen, *self.unseen]
 
 
-class Asked:
+class KnownQuestions:
     """The questions that a run has asked, whatever their spacing and case, and the values of their slots."""
 
     def __init__(self, prompts: Iterable[Prompt | Kept]) -> None:
@@ -68,7 +68,7 @@ def choose_probes(recipe: Recipe, run: RunDir, test_rows: Sequence[Kept]) -> Pro
     of `evaluate.probes_file`.
     """
     config = recipe.evaluate
-    asked = Asked(chain(_asked_in(run), test_rows))
+    asked = KnownQuestions(chain(_asked_in(run), test_rows))
     unseen = list(islice(_unseen(recipe, asked), config.unseen_probes)) if config.unseen else []
     if not config.probes:
         return ProbePrompts("slots", [], unseen)
@@ -126,7 +126,7 @@ def choose_questions(recipe: Recipe, run: RunDir, test_rows: Sequence[Kept] = ()
     check_category(recipe, test.values())
     unseen = []
     if config.probes_file:
-        unseen = _from_file(recipe, Asked(_asked_in(run)), config.verify_count)
+        unseen = _from_file(recipe, KnownQuestions(_asked_in(run)), config.verify_count)
     return ProbePrompts("test", _sample(list(test.values()), config.verify_count, config.seed), unseen)
 
 
@@ -167,7 +167,7 @@ def _test_prompts(recipe: Recipe, run: RunDir, test_rows: Sequence[Kept]) -> lis
     return list(found.values())
 
 
-def _fresh(config: PromptsConfig, asked: Asked, key: str) -> Iterator[Prompt]:
+def _fresh(config: PromptsConfig, asked: KnownQuestions, key: str) -> Iterator[Prompt]:
     """The template's prompts that were not asked, in an order that the key decides."""
     grammar = Grammar(config)
     for index in range(grammar.size):
@@ -178,7 +178,7 @@ def _fresh(config: PromptsConfig, asked: Asked, key: str) -> Iterator[Prompt]:
             yield prompt
 
 
-def _unseen(recipe: Recipe, asked: Asked) -> Iterator[Prompt]:
+def _unseen(recipe: Recipe, asked: KnownQuestions) -> Iterator[Prompt]:
     """Prompts in which every slot named in `evaluate.unseen` has a new value; of several values, at least one."""
     config = recipe.evaluate
     for name, values in config.unseen.items():
@@ -198,7 +198,7 @@ def _unseen(recipe: Recipe, asked: Asked) -> Iterator[Prompt]:
             yield prompt
 
 
-def _from_file(recipe: Recipe, asked: Asked, count: int) -> list[Prompt]:
+def _from_file(recipe: Recipe, asked: KnownQuestions, count: int) -> list[Prompt]:
     """Prompts of `evaluate.probes_file`, with ids made of their questions: the run may have the file's own ids, too."""
     config, prompts = recipe.evaluate, read_probes(recipe)
     if known := [prompt for prompt in prompts if asked.has(prompt)]:
