@@ -74,8 +74,8 @@ class Resamples:
 
 def draw(groups: Sequence[Hashable]) -> Resamples:
     """Draws whole groups. `groups`: what each prompt belongs to; itself, where it belongs to no other."""
-    numbers: dict[Hashable, int] = {}
-    own = np.array([numbers.setdefault(group, len(numbers)) for group in groups], dtype=int)
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    own = np.array([numbers[group] for group in groups], dtype=int)
     drawn = np.random.default_rng(SEED).integers(0, len(numbers), (RESAMPLES, len(numbers)))
     counts = np.zeros((RESAMPLES, len(numbers)))
     np.add.at(counts, (np.arange(RESAMPLES)[:, None], drawn), 1)
@@ -106,12 +106,11 @@ def distinct(texts: Sequence[Sequence[str]], n: int, drawn: Resamples) -> Figure
     words = np.array([len(text) for text in texts], dtype=float)
     if not words.sum():
         return None
-    column: dict[tuple[str, ...], int] = {}
-    runs = [zip(*(text[start:] for start in range(n)), strict=False) for text in texts]
-    own = [sorted({column.setdefault(gram, len(column)) for gram in grams}) for grams in runs]
+    grams = [{tuple(text[start : start + n]) for start in range(len(text) - n + 1)} for text in texts]
+    column = {gram: number for number, gram in enumerate(set.union(*grams))}
     present = np.zeros((len(texts), len(column)), dtype=np.float32)
-    for number, grams in enumerate(own):
-        present[number, grams] = 1
+    for number, own in enumerate(grams):
+        present[number, [column[gram] for gram in own]] = 1
     some = (drawn.counts > 0).astype(np.float32)
     different = [((some[start : start + AT_ONCE] @ present) > 0).sum(axis=1) for start in range(0, len(some), AT_ONCE)]
     resampled = np.concatenate(different) / np.maximum(drawn.counts @ words, 1)
