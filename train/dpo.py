@@ -44,13 +44,13 @@ def prepare_dpo(start: Path, pairs: Pairs, recipe: Recipe, setting: Setting) -> 
         model, dtype = load_start(start, weights_dtype(config.weights))
         free = free_beside(model)
         tokens, longest = micro_tokens(model, config, free), 2 * config.max_length
-        share, micro = micro_rows(config, len(pairs["train"]), tokens, longest, processes)  # pairs
+        micro, passes = micro_rows(config, len(pairs["train"]), tokens, longest, processes)  # pairs
         checkpointing = wants_checkpointing(model, config, micro * longest, free, setting.console)
         arguments = training_arguments(config, setting.folder, checkpointing=checkpointing) | {
             "learning_rate": config.dpo.learning_rate,
             "per_device_train_batch_size": micro,
             "per_device_eval_batch_size": micro,
-            "gradient_accumulation_steps": share // micro,
+            "gradient_accumulation_steps": passes,
             "data_seed": config.seed,  # the order of the pairs: the same after an interrupt
         }
         shaped = {part: [to_pair(pair, recipe) for pair in own] for part, own in pairs.items()}

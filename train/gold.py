@@ -82,11 +82,11 @@ def gold_trainer(
     largest = max(models, key=lambda model: model.config.get_text_config().vocab_size)  # both models' logits are kept
     longest = max(map(len, tokenised.train_dataset["input_ids"]))
     tokens = micro_tokens(largest, config, free_beside(*models))
-    share, micro = micro_rows(config, len(examples), tokens, longest, setting.processes)
+    micro, passes = micro_rows(config, len(examples), tokens, longest, setting.processes)
     args = GOLDConfig(
         **arguments,
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=share // micro,
+        gradient_accumulation_steps=passes,
         lmbda=0,  # on the kept answers
         disable_dropout=False,
         teacher_tokenizer_name_or_path=folder,

@@ -156,10 +156,11 @@ def micro_tokens(model: Any, config: TrainConfig, free: int, shards: int = 1) ->
 
 
 def micro_rows(config: TrainConfig, rows: int, tokens: int, longest: int, processes: Processes) -> tuple[int, int]:
-    """Rows of a step in this process, and of a forward pass of so many `tokens`: TRL's trainers want equal ones."""
+    """Rows of a forward pass of so many `tokens`, and passes of a step in this process: equal ones, as TRL wants."""
     share = max(1, min(config.batch_size, rows) // processes.count)
     most = config.micro_batch_size or max(1, tokens // longest)
-    return share, max(size for size in range(1, min(most, share) + 1) if share % size == 0)
+    micro = max(size for size in range(1, min(most, share) + 1) if share % size == 0)
+    return micro, share // micro
 
 
 def tokens_within(room: float, per_token: int) -> int:

@@ -94,11 +94,11 @@ def on_policy_trainer(
         beside = [load_same_outputs(teacher.model, tokenised.processing_class, texts, outputs, setting.console)]
     longest = max(len(prompt_of(row)) for row in tokenised.train_dataset) + own.max_new_tokens
     tokens = micro_tokens(model, config, free_beside(model, *beside))
-    share, micro = micro_rows(config, len(tokenised.train_dataset), tokens, longest, setting.processes)
+    micro, passes = micro_rows(config, len(tokenised.train_dataset), tokens, longest, setting.processes)
     settings = {name: value for name, value in arguments.items() if name != "max_length"} | {
         "learning_rate": own.learning_rate,
         "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": share // micro,
+        "gradient_accumulation_steps": passes,
         "beta": own.beta,
         "temperature": config.kd.temperature,
         "max_completion_length": own.max_new_tokens,
