@@ -89,7 +89,7 @@ class Estimate(msgspec.Struct, frozen=True):
     low: float
     high: float
 
-    def interval(self, show: Callable[[float], str] = number) -> str:
+    def interval(self, show: Callable[[float], str]) -> str:
         """`3.20–3.60`, `-0.1 to 0.2`: every interval that people see is written here."""
         return f"{show(self.low)}{' to ' if self.low < 0 else '–'}{show(self.high)}"
 

@@ -60,7 +60,7 @@ MIB = 1 << 20
 SAMPLES = 4  # prompts whose answers are shown side by side
 
 
-def build_report(plan: Plan, results: Results, problem: str = "", *, given: str) -> Report:
+def build_report(plan: Plan, results: Results, problem: str, *, given: str) -> Report:
     """Puts the results together; `problem` says why something was not measured.
 
     `given`: the recipe and the values on top of it, as a command line has them.

@@ -163,10 +163,10 @@ def loss_chart(training: TrainingLog) -> LossChart | None:
     )
 
 
-def _ticks(low: float, high: float, wanted: int = 5) -> list[float]:
+def _ticks(low: float, high: float) -> list[float]:
     """Round numbers from at most `low` to at least `high`: steps of 1, 2 or 5 times a power of ten."""
-    span = (high - low) or abs(high) or 1.0
-    power = 10 ** math.floor(math.log10(span / wanted))
-    step = power * next(factor for factor in (1, 2, 5, 10) if power * factor >= span / wanted)
+    least = ((high - low) or abs(high) or 1.0) / 5  # of a step: there are about five
+    power = 10 ** math.floor(math.log10(least))
+    step = power * next(factor for factor in (1, 2, 5, 10) if power * factor >= least)
     first, last = math.floor(low / step), math.ceil(high / step)
     return [round(index * step, 10) for index in range(first, max(last, first + 1) + 1)]
