@@ -48,7 +48,7 @@ from pipeline.rundir import CHAIN_LOCK, RunDir, replacing, write_jsonl
 from pipeline.teacher_config import TeacherConfig
 from pipeline.turns_and_tools import Turn
 from train.checks.before import check_followed
-from train.rows import part_rows, prompt_text, read_rows
+from train.rows import part_rows, read_rows
 from train.run import rows_to_train
 
 
@@ -151,12 +151,12 @@ def _pool(setup: Setup, base: RunDir, test: Sequence[Kept]) -> RunDir:
     """The run without answers to test prompts, and without those that the filters found to repeat a test row."""
     pool, part_of = RunDir(setup.folder / "pool"), setup.recipe.prompts.part_of
     pool.path.mkdir(parents=True, exist_ok=True)
-    questions, ids = {prompt_text(row) for row in test}, {row.id for row in test}
+    questions, ids = {question_text(row.messages) for row in test}, {row.id for row in test}
     with replacing(pool.kept) as kept, replacing(pool.dropped) as dropped:
         for row in filtered_rows(base):
             reasons = row.detail if isinstance(row, Dropped) else []
             repeats = any(why.of in ids for why in reasons if why.rule in DEDUP_RULES)
-            if not repeats and part_of(row) != "test" and prompt_text(row) not in questions:
+            if not repeats and part_of(row) != "test" and question_text(row.messages) not in questions:
                 (dropped if isinstance(row, Dropped) else kept).write(encode_line(row))
     for path in (base.lineage, base.recipe):
         if path.exists():
@@ -214,7 +214,7 @@ def _human(setup: Setup) -> Design:
     parts = {name: part_rows(rows, config, test) for name, rows in sources.items()}
     tested = {question_text(prompt.messages) for prompt in asked if config.part_of(prompt) == "test"}
     train = {
-        name: [row for row in (*own.train, *own.validation) if prompt_text(row) not in tested]
+        name: [row for row in (*own.train, *own.validation) if question_text(row.messages) not in tested]
         for name, own in parts.items()
     }
     count = min(map(len, train.values()))

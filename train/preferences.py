@@ -18,7 +18,7 @@ from pipeline.rundir import RunDir
 from pipeline.students import check_parts, trained_section
 from pipeline.train_config import FURTHER
 from pipeline.turns_and_tools import template_turns
-from train.rows import Parts, prompt_text, tools_text
+from train.rows import Parts, tools_text
 
 Pairs = dict[str, list[Preference]]  # train and validation
 
@@ -83,7 +83,8 @@ def read_pairs(recipe: Recipe, run: RunDir, parts: Parts) -> Pairs:
         )
     prompts, known = recipe.prompts, dict[int, tuple[Part, float]]()  # by the hash of a question: part and position
     for part in ("train", "validation", "test"):
-        known |= {hash(prompt_text(row)): (part, prompts.position_of(row)) for row in getattr(parts, part)}
+        rows = getattr(parts, part)
+        known |= {hash(question_text(row.messages)): (part, prompts.position_of(row)) for row in rows}
     placed: dict[Part, list[tuple[float, Preference]]] = {"train": [], "validation": [], "test": []}
     for pair in read_jsonl(run.preferences, Preference):
         found = known.get(hash(question_text(pair.prompt)))

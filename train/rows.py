@@ -15,7 +15,7 @@ from pipeline.instructions import asked_of_student
 from pipeline.prompts_config import PromptsConfig
 from pipeline.reasoning import Reasoning, answer_turn
 from pipeline.recipe import Recipe
-from pipeline.records import Completion, Json, Kept, Part, question_text, read_jsonl
+from pipeline.records import Json, Kept, Part, question_text, read_jsonl
 from pipeline.rundir import RunDir
 from pipeline.student_config import StudentConfig
 from pipeline.train_config import TrainConfig
@@ -91,10 +91,10 @@ def part_rows(rows: Sequence[Kept], prompts: PromptsConfig, test_rows: Sequence[
     groups, are left out. If a part has no row, as in a small run, the training question (or group) of the lowest hash
     moves there. Raises DataError if a part is still empty.
     """
-    tested = {key for row in test_rows or () for key in (prompt_text(row), prompts.position_of(row))}
+    tested = {key for row in test_rows or () for key in (question_text(row.messages), prompts.position_of(row))}
     places: dict[Part, array[int]] = {part: array("Q") for part in ("train", "validation", "test")}  # in `rows`
     for place, row in enumerate(rows):
-        if not tested or tested.isdisjoint((prompt_text(row), prompts.position_of(row))):
+        if not tested or tested.isdisjoint((question_text(row.messages), prompts.position_of(row))):
             places[prompts.part_of(row)].append(place)
     parts: dict[Part, Sequence[Kept]] = {part: Lazy(own, rows.__getitem__) for part, own in places.items()}
     if test_rows is not None:
@@ -107,11 +107,11 @@ def part_rows(rows: Sequence[Kept], prompts: PromptsConfig, test_rows: Sequence[
             places["train"] = array("Q", (place for place in places["train"] if place not in moved))
             parts["train"] = Lazy(places["train"], rows.__getitem__)
     if empty := [part for part, own in parts.items() if not own]:
-        distinct = f"{len({prompt_text(row) for row in rows})} distinct prompts"
+        distinct = f"{len({question_text(row.messages) for row in rows})} distinct prompts"
         if prompts.group:
             distinct += f" of {len({prompts.position_of(row) for row in rows})} groups"
         where = (
-            f", without the questions of train.test_rows ({len({*map(prompt_text, test_rows)})})"
+            f", without the questions of train.test_rows ({len({question_text(row.messages) for row in test_rows})})"
             if test_rows is not None
             else ""
         )
@@ -120,11 +120,6 @@ def part_rows(rows: Sequence[Kept], prompts: PromptsConfig, test_rows: Sequence[
             "generate more prompts, or lower prompts.validation and prompts.test"
         )
     return Parts(**parts)
-
-
-def prompt_text(row: Completion) -> str:
-    """A conversation up to the answer, normalised for comparison."""
-    return question_text(row.messages)
 
 
 def to_examples(

@@ -31,12 +31,12 @@ from pipeline.errors import DataError, RecipeError, RequestsFailed, UsageError
 from pipeline.lineage import record_lineage
 from pipeline.prompts_config import PromptsConfig
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.records import Completion, Dropped, Kept, Message, Prompt, encode_line, read_jsonl
+from pipeline.records import Completion, Dropped, Kept, Message, Prompt, encode_line, question_text, read_jsonl
 from pipeline.rundir import RunDir
 from tests.completion_fields import completion_fields
 from tests.evaluate.made_report import make_report, verified_report
 from tests.tiny_student import tiny_model
-from train.rows import part_rows, prompt_text, read_rows
+from train.rows import part_rows, read_rows
 from train.run import train_run
 
 PROMPTS = 24
@@ -162,14 +162,15 @@ def test_shares_of_a_run_are_trained_apart_from_what_all_are_scored_on(
     answers = list(read_jsonl(run.completions, Completion))
     part_of = prompts.model_copy(update={"seed": seed}).part_of
     tested = [row for row in answers if part_of(row) == "test"]
-    questions = {prompt_text(row) for row in tested}
+    questions = {question_text(row.messages) for row in tested}
     assert len(tested) > len(test)  # some of them were dropped by the filters
     others = [*kept(folder / "pool"), *read_jsonl(RunDir(folder / "pool").dropped, Dropped)]
     assert len(others) == 25 - len({row.id for row in tested} | pair)
     assert not pair & {row.id for row in others}  # the other one of the two is not trained on either
     for share, name in ((0.4, "keep-40"), (0.9, "keep-90")):
         rows = kept(folder / name)
-        assert len(rows) == np.ceil(len(others) * share) and not questions & {prompt_text(row) for row in rows}
+        assert len(rows) == np.ceil(len(others) * share)
+        assert questions.isdisjoint(question_text(row.messages) for row in rows)
         assert RunDir(folder / name).test.read_bytes() == (folder / "test.jsonl").read_bytes()
     assert {row.text for row in kept(folder / "keep-90")} & {"Too short."}  # a share takes in what the rules dropped
     assert not {row.text for row in kept(folder / "keep-40")} & {"Too short."}

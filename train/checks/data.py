@@ -12,10 +12,10 @@ from pipeline.checks import Check, Status
 from pipeline.filters_config import FiltersConfig
 from pipeline.lineage import rules_asked
 from pipeline.recipe import Recipe
-from pipeline.records import Kept
+from pipeline.records import Kept, question_text
 from pipeline.train_config import TrainConfig
 from train.checks.run import graded
-from train.rows import Parts, prompt_text
+from train.rows import Parts
 
 if TYPE_CHECKING:
     from train.trainer import Prepared
@@ -91,7 +91,7 @@ def parts_check(parts: Parts) -> Check:
 
 def _key(row: Kept) -> int:
     """A hash of the row's prompt: 8 bytes, however long the prompt is."""
-    return hash(prompt_text(row))
+    return hash(question_text(row.messages))
 
 
 def label_checks(faults: Mapping[str, Sequence[str]], rows: int) -> Iterator[Check]:

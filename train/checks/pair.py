@@ -19,13 +19,12 @@ from pipeline.instructions import asked_of_student, told_in_words
 from pipeline.lineage import taught_by
 from pipeline.reasoning import reasoning_form
 from pipeline.recipe import Recipe
-from pipeline.records import Kept, Message
+from pipeline.records import Kept, Message, question_text
 from pipeline.train_config import TrainConfig
 from pipeline.turns_and_tools import template_turns
 from train.checks.licences import Terms, licence_check, strictest, terms_of
 from train.checks.run import graded
 from train.lazy import Lazy
-from train.rows import prompt_text
 from train.teacher import Card, known_files, parameters_of, read_card, tokenizer_of
 
 OUR_TAG = "distillate"  # on every card that this tool writes
@@ -227,7 +226,7 @@ def _ours(folder: Path | None, card: Card) -> str:
 def _distinct(rows: Iterable[Kept]) -> list[list[dict[str, Any]]]:
     conversations: dict[str, list[Message]] = {}
     for row in rows:
-        conversations[prompt_text(row)] = row.messages
+        conversations[question_text(row.messages)] = row.messages
         if len(conversations) == MAX_PROMPTS:
             break
     return [template_turns(messages) for messages in conversations.values()]
