@@ -29,8 +29,8 @@ def open_work(work: Path, fingerprint: str, *, again: bool, console: Console) ->
 
     With `again` these are the ones of a training that began with it.
     """
-    begun = training_in(work)
-    if begun != fingerprint + AGAIN and (again or begun != fingerprint):
+    own = {fingerprint + AGAIN} if again else {fingerprint, fingerprint + AGAIN}
+    if training_in(work) not in own:
         if work.is_dir():
             if not again and any(work.iterdir()):
                 console.print(f"{work}: checkpoints of other rows or settings, removed")
