@@ -231,8 +231,8 @@ def _headline(
         _change("right answers ", accuracy, percent),
         f"{percent(1 / ratios['size'])} of the parameters" if "size" in ratios else "",
         f"{ratios['speed']:.1f} times as fast" if "speed" in ratios else "",
-        _change("perplexity ", [] if right else perplexities, number),
-        _change("", [] if right or not probes else passing, percent, f" of {kind} answered as the rules want"),
+        "" if right else _change("perplexity ", perplexities, number),
+        "" if right else _change("", passing, percent, f" of {kind} answered as the rules want"),
     ]
     return Headline(
         text="student: " + (", ".join(filter(None, parts)) or "nothing measured yet"),
@@ -245,7 +245,7 @@ def _headline(
 
 def _change(name: str, figures: Sequence[Estimate | None], show: Any, what: str = "") -> str:
     """`31% → 71% of … (teacher 82%)`: before, after, teacher; empty if one of the first two is missing."""
-    before, after, teacher = figures or (None, None, None)
+    before, after, teacher = figures
     if before is None or after is None:
         return ""
     told = f"{name}{show(before.value)} → {show(after.value)}{what}"
