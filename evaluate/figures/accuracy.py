@@ -12,9 +12,8 @@ from pathlib import Path
 from evaluate.document import Estimate, Sample, Scope, ShownAnswer, Z
 from evaluate.figures.quality import groups_of, probe_answers
 from evaluate.figures.statistics import Figure, Figures, draw, ratio
-from evaluate.measure.pairwise import Answers
 from evaluate.measure.probes import ProbePrompts
-from evaluate.measure.results import ProbeResult
+from evaluate.measure.results import Answers, ProbeResult
 from filters.answer import as_answer
 from filters.reasons import describe
 from filters.ruleset import RuleSet, load_rules

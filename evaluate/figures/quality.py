@@ -19,9 +19,9 @@ import numpy as np
 
 from evaluate.document import MEASURES, Better, Difference, Scope, WinRate
 from evaluate.figures.statistics import Figure, Figures, Resamples, distinct, draw, ratio
-from evaluate.measure.pairwise import OPPONENTS, Answers
+from evaluate.measure.pairwise import OPPONENTS
 from evaluate.measure.probes import ProbePrompts
-from evaluate.measure.results import JudgeResult, PairVerdict, PerplexityResult, ProbeResult, RowScore
+from evaluate.measure.results import Answers, JudgeResult, PairVerdict, PerplexityResult, ProbeResult, RowScore
 from filters.answer import Answer, as_answer, nfc
 from filters.reasons import describe
 from filters.repetition import RepetitionSettings, repetition

@@ -5,13 +5,13 @@ is asked about twice, once in each order, since judges favour a position (Zheng 
 the judge's own runs in evaluation/judge/ and evaluation/pairs/, so that no verdict is asked for twice.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-from evaluate.measure.results import COMPARED, FOLDER, SCORED, JudgeResult, PairVerdict
+from evaluate.measure.results import COMPARED, FOLDER, SCORED, Answers, JudgeResult, PairVerdict
 from evaluate.models import digest
 from filters.judge import Judge, first_object, judge_rows, verdicts_folder
 from pipeline.filters_config import JudgeConfig
@@ -44,7 +44,6 @@ What counts:
 Reply with one JSON object and nothing else: {{"better": "A"}}, {{"better": "B"}}, or {{"better": "tie"}} where \
 neither is clearly better."""
 
-Answers = Mapping[str, Mapping[str, Kept]]  # model → prompt id → its answer
 Pair = tuple[Kept, Kept]  # two answers to one prompt, in the order in which they are shown
 
 

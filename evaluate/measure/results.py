@@ -13,7 +13,7 @@ Each carries the fingerprint of all it was measured on, so a stopped evaluation 
 another student, other rows or other settings is never taken for one of this run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -147,6 +147,7 @@ class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
     scores: dict[str, Estimate]
 
 
+Answers = Mapping[str, Mapping[str, Kept]]  # model → prompt id → its answer
 Result = TypeVar("Result", PerplexityResult, SpeedResult, ProbeResult, JudgeResult, TaskResult)
 
 

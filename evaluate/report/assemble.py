@@ -45,8 +45,7 @@ from evaluate.figures.quality import (
     win_rates,
 )
 from evaluate.figures.statistics import Figures, draw, interval, merged, quotient, ratio
-from evaluate.measure.pairwise import Answers
-from evaluate.measure.results import Plan, Results, RowScore, SpeedResult, TaskResult
+from evaluate.measure.results import Answers, Plan, Results, RowScore, SpeedResult, TaskResult
 from evaluate.models import Subject, describe_machine, kv_bytes_per_token, student_lineage
 from evaluate.report import notes
 from filters.rows import filtered_rows
