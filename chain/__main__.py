@@ -38,8 +38,8 @@ def main(argv: list[str] | None = None) -> None:
     recipe, run, options = parse_stage(parser, argv)
     if recipe.student is None:
         raise RecipeError(f"{options.recipe}: student is missing; the chain needs a model to train")
-    for rules in (recipe_rules, verify_rules):  # a wrong setting is told before the answers are paid for
-        rules(recipe, options.recipe)
+    recipe_rules(recipe, options.recipe)  # a wrong setting is told before the answers are paid for
+    verify_rules(recipe, options.recipe)
     if recipe.evaluate.lm_eval:
         find_command()
     asks = pending(recipe, run) > 0

@@ -30,13 +30,13 @@ def last_words(path: Path, run: RunDir, flags: Sequence[str] = ()) -> list[str]:
 
 
 def _won(report: Report) -> Iterator[str]:
-    after, teacher = ({model.key: model for model in report.models}[key] for key in (AFTER, TEACHER))
+    models = {model.key: model for model in report.models}
     for claim in report.headline.claims:
         if claim.value is None or claim.name not in WON:
             continue
         what, how, part, names = WON[claim.name]
-        name = next((name for name in names if after.figure(part, name)), names[-1])
-        ours, theirs = after.figure(part, name), teacher.figure(part, name)
+        name = next((name for name in names if models[AFTER].figure(part, name)), names[-1])
+        ours, theirs = models[AFTER].figure(part, name), models[TEACHER].figure(part, name)
         figures = ""
         if ours and theirs:
             show = MEASURES[name].show
