@@ -104,7 +104,7 @@ ALONE = Processes()
 
 def launched() -> Processes:
     """This process, as the launcher says; without a launcher it is alone."""
-    rank, count = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     # The launcher's "true" makes from_pretrained leave every model but the first process's empty: the teacher too.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     local_rank = int(os.environ["LOCAL_RANK"]) if _is_set(OWN_FOLDER) else None

@@ -109,7 +109,7 @@ def by_category(verified: VerifiedAnswers, config: PromptsConfig, name: str) -> 
 
 def verified_samples(verified: VerifiedAnswers, labels: Mapping[str, str]) -> list[Sample]:
     """Some prompts of each part, with their references and what every model answered."""
-    test, unseen = (verified.prompts.get(part, []) for part in ("verified", "verified_unseen"))
+    test, unseen = verified.prompts.get("verified", []), verified.prompts.get("verified_unseen", [])
     new = unseen[: SAMPLES // 3]
     samples = []
     for prompt in [*test[: SAMPLES - len(new)], *new]:
@@ -127,5 +127,5 @@ def verified_samples(verified: VerifiedAnswers, labels: Mapping[str, str]) -> li
 def wilson(share: float, count: int) -> tuple[float, float]:
     """The 95% interval of a share of `count` (Wilson 1927). Unlike the bootstrap's, it has a width at 0 and at 1."""
     middle, spread = share + Z * Z / (2 * count), Z * (share * (1 - share) / count + Z * Z / (4 * count**2)) ** 0.5
-    low, high = ((middle + sign * spread) / (1 + Z * Z / count) for sign in (-1, 1))
-    return low if share else 0.0, high if share < 1 else 1.0
+    scale = 1 + Z * Z / count
+    return (middle - spread) / scale if share else 0.0, (middle + spread) / scale if share < 1 else 1.0

@@ -111,7 +111,7 @@ def _times(teacher: ModelReport, after: ModelReport, name: str) -> Estimate | No
 
 def _speed(teacher: ModelReport, after: ModelReport, rate: str) -> Estimate | None:
     """The ratio of the medians, from the slowest student over the fastest teacher to the other way round."""
-    ours, theirs = (model.figure("engine", rate) for model in (after, teacher))
+    ours, theirs = after.figure("engine", rate), teacher.figure("engine", rate)
     if not ours or not theirs or not theirs.low:
         return None
     return Estimate(ours.value / theirs.value, ours.low / theirs.high, ours.high / theirs.low)

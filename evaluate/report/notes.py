@@ -71,8 +71,8 @@ def of_right_answers(plan: Plan, verified: VerifiedAnswers | None) -> Iterator[s
             yield "The answers were not verified: no model was served."
         return
     recipe, rules = plan.recipe, ", ".join(rule.label for rule in plan.verify.rules)
-    count, unseen = (len(verified.prompts.get(part, [])) for part in ("verified", "verified_unseen"))
-    groups = len({verified.groups[prompt.id] for prompt in verified.prompts.get("verified", [])})
+    test, unseen = verified.prompts.get("verified", []), len(verified.prompts.get("verified_unseen", []))
+    count, groups = len(test), len({verified.groups[prompt.id] for prompt in test})
     asked = f"{count} test prompts" + (f" of {groups} groups" if groups < count else "")
     asked += f" and {unseen} of evaluate.probes_file" if unseen else ""
     intervals = "The bootstrap draws whole groups" if groups < count else "Shares have Wilson's interval"
