@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from filters.minhash import Array, agreement, jaccard, least_agreement
-from filters.sketches import Kind, Reader, Sketches, Source, thresholds
+from filters.sketches import Kind, Sketches, Source, thresholds
 from pipeline.errors import RecipeError
 from pipeline.filters_config import DedupConfig
 from pipeline.records import Reason
@@ -73,7 +73,7 @@ def dedup_sources(config: DedupConfig, run: RunDir, recipe_path: Path, stack: Ex
     return sources
 
 
-def exact_copies(sketches: Sketches, config: DedupConfig, gone: Collection[int]) -> dict[int, int | None]:
+def exact_copies(sketches: Sketches, gone: Collection[int]) -> dict[int, int | None]:
     """The rows of this run that say the same as another row, each with the row of this run that is judged in its place:
     no verdict is paid twice. None: the other row is an evaluation's or another run's.
 
@@ -81,7 +81,7 @@ def exact_copies(sketches: Sketches, config: DedupConfig, gone: Collection[int])
     """
     own, rows = sketches.own, sketches.rows
     copies: dict[int, int | None] = {}
-    if config.exact:
+    if sketches.config.exact:
         order = np.lexsort((rows["id"], sketches.kinds))
         order = order[~np.isin(order, [own + row for row in gone])]
         _, first, group = np.unique(rows["answer"]["digest"][order], return_index=True, return_inverse=True)
@@ -92,18 +92,14 @@ def exact_copies(sketches: Sketches, config: DedupConfig, gone: Collection[int])
 
 
 def find_duplicates(
-    sketches: Sketches,
-    config: DedupConfig,
-    gone: Collection[int],
-    scores: Mapping[int, float],
-    search: "Searching",
+    sketches: Sketches, gone: Collection[int], scores: Mapping[int, float], search: "Searching"
 ) -> dict[int, Reason]:
     """This run's rows, numbered from 0, that are the same as one that stays, or nearly so, and why each is dropped.
 
     Rows in `gone` are left out. `scores` are the judge's by row, the higher the better; a row without one counts as 0.
     `search`: Search, or what finds the same rows.
     """
-    own, rows, kinds = sketches.own, sketches.rows, sketches.kinds
+    config, own, rows, kinds = sketches.config, sketches.own, sketches.rows, sketches.kinds
     evaluated = int(np.count_nonzero(kinds == Kind.EVALUATION))
     better, alive = np.zeros(len(rows), np.float32), np.ones(len(rows), bool)
     better[[own + row for row in scores]] = list(scores.values())
@@ -111,16 +107,12 @@ def find_duplicates(
     order = np.lexsort((rows["id"], -better, kinds))
     found: dict[int, Reason] = {}
     same = {"answer": config.exact, "prompt": config.prompts is not None}  # whether they may be like one of this run
-    reader = Reader(sketches, config)
-    searches = [
-        search(what, rows[what], alive, len(rows) if same[what] else evaluated, threshold, reader)
-        for what, threshold in thresholds(config).items()
-    ]
+    searches = [search(sketches, what, alive, len(rows) if same[what] else evaluated) for what in thresholds(config)]
     for row in order[alive[order]].tolist():
         matches = [match for one in searches if row >= own and (match := one.match(row))]
         if matches:
             match = next((match for match in matches if match.of < evaluated), matches[0])
-            found[row - own] = _reason(match, evaluated, sketches, reader)
+            found[row - own] = _reason(match, evaluated, sketches)
         else:
             for one in searches:
                 one.add(row)
@@ -133,11 +125,10 @@ class Search:
     `alive` says whether a row may come at all; only rows under `compared` are found.
     """
 
-    def __init__(
-        self, what: str, texts: Array, alive: Array, compared: int, threshold: float | None, reader: Reader
-    ) -> None:
-        self._what, self._compared, self._threshold = what, compared, threshold
-        self._ngrams_of = reader.ngrams_of(what)
+    def __init__(self, sketches: Sketches, what: str, alive: Array, compared: int) -> None:
+        self._what, self._compared, self._ngrams_of = what, compared, sketches.ngrams_of(what)
+        self._threshold = threshold = thresholds(sketches.config)[what]
+        texts = sketches.rows[what]
         self._digests, self._glimpses = texts["digest"], None if threshold is None else texts["glimpse"]
         self._keys = texts["digest"][:, None] if threshold is None else texts["bands"]
         self._shared = np.zeros(self._keys.shape, bool)  # keys that several rows have: no other one needs a look
@@ -183,12 +174,12 @@ class Searcher(Protocol):
     def match(self, row: int) -> Match | None: ...
 
 
-Searching = Callable[[str, Array, Array, int, float | None, Reader], Searcher]  # as Search is made
+Searching = Callable[[Sketches, str, Array, int], Searcher]  # as Search is made
 
 
-def _reason(match: Match, evaluated: int, sketches: Sketches, reader: Reader) -> Reason:
+def _reason(match: Match, evaluated: int, sketches: Sketches) -> Reason:
     index = sketches.source(match.of)
-    source, row_id = sketches.sources[index], reader.text(match.of).id
+    source, row_id = sketches.sources[index], sketches.text(match.of).id
     rule = PROMPT if match.what == "prompt" else EXACT if match.similarity is None else NEAR
     return Reason(
         rule=CONTAMINATED if match.of < evaluated else rule,

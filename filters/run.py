@@ -145,11 +145,11 @@ def filter_run(
             survived = stack.enter_context(path.open("rb"))
             sketches = joined([*others, (Source(survived, Kind.OWN, "this run"), own)], dedup)
         if config.judge:
-            copies = exact_copies(sketches, dedup, survivors.gone) if dedup and sketches else {}
+            copies = exact_copies(sketches, survivors.gone) if sketches else {}
             _ask_judge(recipe, run, survivors, copies, tally)
-        if dedup and sketches:
+        if sketches:
             scores = _scores(survivors, run)
-            survivors.gone |= find_duplicates(sketches, dedup, survivors.gone, scores, machine.search)
+            survivors.gone |= find_duplicates(sketches, survivors.gone, scores, machine.search)
         survivors.gone |= not_selected(survivors.samples, survivors.alive, config.select, survivors.best, votes)
         if later:
             _write(survivors, kept, dropped, tally)

@@ -63,8 +63,12 @@ class Text(NamedTuple):
 
 
 class Sketches(NamedTuple):
-    """All rows, source after source; `first` is the number of each source's first row, and of the end."""
+    """All rows, source after source; `first` is the number of each source's first row, and of the end.
 
+    A row that looks like another is read again, by its number.
+    """
+
+    config: DedupConfig
     sources: Sequence[Source]
     first: list[int]
     rows: Array  # of `_row_type`
@@ -77,6 +81,19 @@ class Sketches(NamedTuple):
 
     def source(self, row: int) -> int:
         return bisect_right(self.first, row) - 1
+
+    def text(self, row: int) -> Text:
+        source, start = self.sources[self.source(row)], int(self.rows["start"][row])
+        source.file.seek(start)
+        return _text(source.file.readline(), start, source.kind)
+
+    def compared(self, row: int, name: str) -> str:
+        """The answer or prompt of a row as it is compared."""
+        return _compared(self.text(row), name, self.config)
+
+    def ngrams_of(self, name: str) -> Callable[[int], Array]:
+        """A function of a row's number: the n-grams of its answer or prompt."""
+        return lru_cache(READ_AGAIN)(lambda row: ngrams(self.compared(row, name), self.config.ngram))
 
 
 def question_of(messages: Sequence[Message]) -> str:
@@ -133,7 +150,7 @@ def joined(parts: Sequence[tuple[Source, Sequence[Array]]], config: DedupConfig)
     sources, counts = [source for source, _ in parts], [sum(map(len, sketches)) for _, sketches in parts]
     rows = np.concatenate([one for _, sketches in parts for one in sketches] or [sketch([], config)])
     kinds = np.repeat([source.kind for source in sources], counts)
-    return Sketches(sources, np.cumsum([0, *counts]).tolist(), rows, kinds)
+    return Sketches(config, sources, np.cumsum([0, *counts]).tolist(), rows, kinds)
 
 
 def sketch_file(source: Source, config: DedupConfig) -> list[Array]:
@@ -178,24 +195,3 @@ def _text(line: bytes | None, start: int, kind: Kind) -> Text:
     question = question_of(row.messages) or row.prompt
     answer = question if row.text is None else said(Message("assistant", row.text, row.tool_calls))
     return Text(str(row.id), start, answer, question)
-
-
-class Reader:
-    """Reads rows again, by number: their ids, and their n-grams to compare."""
-
-    def __init__(self, sketches: Sketches, config: DedupConfig) -> None:
-        self._sketches = sketches
-        self.config = config
-
-    def ngrams_of(self, name: str) -> Callable[[int], Array]:
-        """A function of a row's number: the n-grams of its answer or prompt."""
-        return lru_cache(READ_AGAIN)(lambda number: ngrams(self.compared(number, name), self.config.ngram))
-
-    def compared(self, number: int, name: str) -> str:
-        """The answer or prompt of a row as it is compared."""
-        return _compared(self.text(number), name, self.config)
-
-    def text(self, number: int) -> Text:
-        source, start = self._sketches.sources[self._sketches.source(number)], int(self._sketches.rows["start"][number])
-        source.file.seek(start)
-        return _text(source.file.readline(), start, source.kind)

@@ -26,7 +26,7 @@ from filters.blocks import Block
 from filters.duplicates import Search, Searcher
 from filters.minhash import GLIMPSE, Array, least_agreement
 from filters.run import Machine
-from filters.sketches import Reader, Source
+from filters.sketches import Sketches, Source, thresholds
 from filters.stream import SLOW_BLOCK, SMALLEST_BLOCK, Work, read_lines
 from pipeline.errors import DistillError, UsageError, first_line
 from pipeline.filters_config import DedupConfig
@@ -109,13 +109,12 @@ class Filtering:
             slim.append(digests)
         return slim
 
-    def search(
-        self, what: str, texts: Array, alive: Array, compared: int, threshold: float | None, reader: Reader
-    ) -> Searcher:
+    def search(self, sketches: Sketches, what: str, alive: Array, compared: int) -> Searcher:
         """As filters.duplicates.Search."""
+        threshold = thresholds(sketches.config)[what]
         if threshold is None:
-            return Search(what, texts, alive, compared, threshold, reader)
-        firsts, parts = first_rows(texts["digest"], alive), [*self._others, *self._own]
+            return Search(sketches, what, alive, compared)
+        firsts, parts = first_rows(sketches.rows[what]["digest"], alive), [*self._others, *self._own]
         starts = np.cumsum([0, *(part.rows for part in parts)]).tolist()
         glimpses, firsts_ref = [part.glimpses for part in parts], self._ray.put(firsts)
         find = self._task(_find)
@@ -124,9 +123,9 @@ class Filtering:
             for bucket in range(self._buckets)
         )
         pairs = merged([found for _, found in self._in_order(tasks)])
-        return PairSearch(what, firsts, compared, threshold, pairs, self._similarities(pairs, what, reader))
+        return PairSearch(what, firsts, compared, threshold, pairs, self._similarities(pairs, what, sketches))
 
-    def _similarities(self, pairs: Array, what: str, reader: Reader) -> Array:
+    def _similarities(self, pairs: Array, what: str, sketches: Sketches) -> Array:
         """The true similarity of each pair. Their texts are read here, and compared in the cluster."""
         compare = self._task(similarities)
 
@@ -134,8 +133,8 @@ class Filtering:
             for start in range(0, len(pairs), PAIRS):
                 batch = pairs[start : start + PAIRS]
                 rows, numbers = np.unique(np.concatenate((batch["first"], batch["other"])), return_inverse=True)
-                texts = [reader.compared(row, what) for row in rows.tolist()]
-                yield compare(texts, numbers[: len(batch)], numbers[len(batch) :], reader.config.ngram)
+                texts = [sketches.compared(row, what) for row in rows.tolist()]
+                yield compare(texts, numbers[: len(batch)], numbers[len(batch) :], sketches.config.ngram)
 
         return np.concatenate([np.empty(0), *(found for _, found in self._in_order(tasks()))])
 

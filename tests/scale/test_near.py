@@ -10,7 +10,7 @@ import pytest
 
 from filters.duplicates import Search, Searcher, find_duplicates
 from filters.minhash import Array, least_agreement
-from filters.sketches import Kind, Reader, Sketches, Source, joined, sketch_file
+from filters.sketches import Kind, Sketches, Source, joined, sketch_file, thresholds
 from pipeline.filters_config import DedupConfig
 from pipeline.records import Completion, Message, encode_line
 from scale.near import PAIR, PairSearch, candidates, entries_of, first_rows, merged, similarities
@@ -43,33 +43,28 @@ def opened(path: Path, rows: list[str]) -> BinaryIO:
     return path.open("rb")
 
 
-def in_pieces(sketches: Sketches) -> "type[Searcher]":
+def search_in_pieces(sketches: Sketches, what: str, alive: Array, compared: int) -> Searcher:
     """A search whose bands went through buckets, in parts of 100 rows."""
-
-    def search(
-        what: str, rows: Array, alive: Array, compared: int, threshold: float | None, reader: Reader
-    ) -> Searcher:
-        if threshold is None:
-            return Search(what, rows, alive, compared, threshold, reader)
-        firsts = first_rows(rows["digest"], alive)
-        parts = [(start, entries_of(rows["bands"][start : start + 100], BUCKETS)) for start in range(0, len(rows), 100)]
-        found = [
-            candidates(
-                [(start, buckets[bucket]) for start, buckets in parts],
-                firsts,
-                lambda wanted: rows["glimpse"][wanted],
-                least_agreement(threshold),
-            )
-            for bucket in range(BUCKETS)
-        ]
-        pairs = merged(found)
-        assert pairs.dtype == PAIR
-        assert (pairs["first"] < pairs["other"]).all()
-        texts = [reader.compared(row, what) for row in range(len(rows))]
-        similar = similarities(texts, pairs["first"], pairs["other"], reader.config.ngram)
-        return PairSearch(what, firsts, compared, threshold, pairs, similar)
-
-    return search  # type: ignore[return-value]
+    threshold, rows = thresholds(sketches.config)[what], sketches.rows[what]
+    if threshold is None:
+        return Search(sketches, what, alive, compared)
+    firsts = first_rows(rows["digest"], alive)
+    parts = [(start, entries_of(rows["bands"][start : start + 100], BUCKETS)) for start in range(0, len(rows), 100)]
+    found = [
+        candidates(
+            [(start, buckets[bucket]) for start, buckets in parts],
+            firsts,
+            lambda wanted: rows["glimpse"][wanted],
+            least_agreement(threshold),
+        )
+        for bucket in range(BUCKETS)
+    ]
+    pairs = merged(found)
+    assert pairs.dtype == PAIR
+    assert (pairs["first"] < pairs["other"]).all()
+    texts = [sketches.compared(row, what) for row in range(len(rows))]
+    similar = similarities(texts, pairs["first"], pairs["other"], sketches.config.ngram)
+    return PairSearch(what, firsts, compared, threshold, pairs, similar)
 
 
 @pytest.mark.parametrize(("near", "prompts", "of"), [(0.8, None, "answer"), (0.65, 0.9, "row"), (0.8, 1.0, "answer")])
@@ -86,8 +81,8 @@ def test_the_same_rows_are_dropped_for_the_same_reasons(
     rng = random.Random(4)
     scores = {row: rng.randint(1, 5) for row in range(0, 400, 2)}
     gone = set(range(3, 400, 17))
-    expected = find_duplicates(sketches, config, gone, scores, Search)
-    assert expected == find_duplicates(sketches, config, gone, scores, in_pieces(sketches))
+    expected = find_duplicates(sketches, gone, scores, Search)
+    assert expected == find_duplicates(sketches, gone, scores, search_in_pieces)
     rules = Counter(reason.rule for reason in expected.values())
     assert min(rules["near_duplicate"], rules["contamination"]) > 5
     assert rules["similar_prompt" if prompts else "exact_duplicate"] > 5
