@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import BinaryIO, TypeVar
 
 from filters.verify.sandbox import die_with_parent
 from pipeline.errors import DistillError
@@ -22,7 +22,6 @@ SLOW_BLOCK, SMALLEST_BLOCK = 1 << 17, 1 << 12  # bytes of a block whose rules ru
 AHEAD = 4  # blocks a process that may wait for one that takes longer
 PARALLEL_FROM = 1 << 22  # bytes; for a smaller file other processes are not worth their start
 MOST_PROCESSES = 16
-KILLED = "a filter process was killed (out of memory?); nothing was replaced, run again"
 
 Result = TypeVar("Result")
 Line = tuple[int, bytes | None]  # its offset in the file; the line as it stands, None if it is over LONGEST_LINE
@@ -95,25 +94,18 @@ def _in_processes(path: Path, spans: list[Span], work: Work[Result], processes: 
                         connection.send(span)
                 ready = wait([*busy])
                 for connection in [one for one in busy if one in ready]:
-                    done[busy.pop(connection)] = _received(connection)
+                    done[busy.pop(connection)] = connection.recv()
             result = done.pop(index)
             if isinstance(result, Exception):
                 raise result
             yield result
-    except ConnectionError:
-        raise DistillError(KILLED) from None
+    except (EOFError, ConnectionError):
+        raise DistillError("a filter process was killed (out of memory?); nothing was replaced, run again") from None
     finally:
         for connection, worker in workers.items():
             worker.kill()
             worker.join()
             connection.close()
-
-
-def _received(connection: Connection) -> Any:
-    try:
-        return connection.recv()
-    except EOFError:
-        raise DistillError(KILLED) from None
 
 
 def _worker(path: Path, work: Work[Result], connection: Connection, parents: list[Connection]) -> None:
