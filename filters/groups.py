@@ -125,17 +125,16 @@ def outvoted(votes: Votes, settings: AgreesSettings) -> dict[int, Reason]:
     return gone
 
 
-def not_selected(samples: Array, alive: Array, how: Selection, scores: Array, votes: Votes | None) -> dict[int, Reason]:
+def not_selected(samples: Array, alive: Array, how: Selection, scores: Array, votes: Votes) -> dict[int, Reason]:
     """All but one answer to each prompt, of those that are `alive`, and why. All arrays are of answers that passed.
 
-    `scores`: higher is better. `votes` are needed for `agreed`. Of equals the lowest sample number stays; of two with
-    one number, the newest: the recipe asks otherwise now.
+    `scores`: higher is better. Of equals the lowest sample number stays; of two with one number, the newest: the recipe
+    asks otherwise now.
     """
     if how == "all":
         return {}
-    ranks = {"first": samples["sample"], "best": -scores, "shortest": samples["chars"]}
-    rank = -votes.same if votes and how == "agreed" else ranks[how]
-    order = np.lexsort((-samples["created"], samples["sample"], rank, samples["prompt"]))
+    ranks = {"first": samples["sample"], "best": -scores, "shortest": samples["chars"], "agreed": -votes.same}
+    order = np.lexsort((-samples["created"], samples["sample"], ranks[how], samples["prompt"]))
     order = order[alive[order]]
     _, first, of_prompt = np.unique(samples["prompt"][order], return_index=True, return_inverse=True)
     stays = samples["sample"][order[first][of_prompt]]

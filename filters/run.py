@@ -125,7 +125,7 @@ def filter_run(
         kept, dropped, report_file, lineage_file, *preferences = stack.enter_context(staging)
         stack.callback(path.unlink, missing_ok=True)
         fresh = stack.enter_context(fresh_values(run, recipe.prompts))
-        compared = rules.agrees is not None or config.select == "agreed"
+        compared = rules.agrees is not None or config.select == "agreed"  # the answers to a prompt, by their results
         work = partial(check_lines, rules=rules, dedup=dedup, fresh=fresh, results=compared)
         with closing(machine.in_blocks(run.completions, work, slow=rules.slow)) as blocks, path.open("wb") as passed:
             tally, own, samples = _gather(blocks, passed, dropped, None if skip_bad else run.completions)
@@ -133,8 +133,8 @@ def filter_run(
             what = f"none of its {tally.lines} lines is a completion" if tally.lines else "the file is empty"
             raise DataError(f"{run.completions}:1: {what}; run `python -m generate {recipe_path}` first")
         survivors = Survivors(path, samples[samples["passed"]])
-        votes = count_votes(samples) if compared else None
-        if rules.agrees and votes:
+        votes = count_votes(samples)
+        if rules.agrees:
             survivors.gone = outvoted(votes, rules.agrees)
             survivors.shares = votes.same / votes.total
         sketches = None
