@@ -56,15 +56,12 @@ def candidates(
     keys, columns, rows = (np.concatenate(one) for one in zip(*entries, strict=True))
     order = np.lexsort((rows, columns, keys))
     keys, columns, rows = keys[order], columns[order], rows[order]
-    new = np.flatnonzero((keys[1:] != keys[:-1]) | (columns[1:] != columns[:-1])) + 1
-    counts = np.diff(np.concatenate(([0], new, [len(keys)])))
+    counts = np.diff(_starts(keys, columns), append=len(keys))
     shared = np.repeat(counts > 1, counts)  # else no other row has this band
     keys, columns, rows = keys[shared], columns[shared], rows[shared]
-    once = np.ones(len(keys), bool)  # copies of a text are one row
-    once[1:] = (keys[1:] != keys[:-1]) | (columns[1:] != columns[:-1]) | (rows[1:] != rows[:-1])
+    once = _starts(keys, columns, rows)  # copies of a text are one row
     keys, columns, rows = keys[once], columns[once], rows[once]
-    ends = np.concatenate(([0], np.flatnonzero(keys[1:] != keys[:-1]) + 1, [len(keys)])) if len(keys) else np.array([0])
-    several = [(start, stop) for start, stop in pairwise(ends.tolist()) if stop - start > 1]
+    several = [(start, stop) for start, stop in pairwise([*_starts(keys).tolist(), len(keys)]) if stop - start > 1]
     if not several:
         return NO_PAIRS
     needed = np.unique(np.concatenate([rows[start:stop] for start, stop in several]))
@@ -77,6 +74,12 @@ def candidates(
         )
     ]
     return merged(found)
+
+
+def _starts(*columns: Array) -> Array:
+    """The places where sorted columns begin to have other values, the first place included."""
+    changed = np.any([column[1:] != column[:-1] for column in columns], axis=0)
+    return np.flatnonzero(np.insert(changed, 0, len(columns[0]) > 0))
 
 
 def _known(first: int, part: Array, firsts: Array) -> tuple[Array, Array, Array]:
@@ -106,9 +109,7 @@ def merged(parts: Sequence[Array]) -> Array:
     if not len(pairs):
         return pairs
     pairs = pairs[np.lexsort((pairs["other"], pairs["first"]))]
-    starts = np.ones(len(pairs), bool)
-    starts[1:] = (pairs["first"][1:] != pairs["first"][:-1]) | (pairs["other"][1:] != pairs["other"][:-1])
-    at = np.flatnonzero(starts)
+    at = _starts(pairs["first"], pairs["other"])
     once: Array = pairs[at]
     for column in ("first_column", "other_column"):
         once[column] = np.minimum.reduceat(pairs[column], at)
