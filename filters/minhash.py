@@ -78,17 +78,13 @@ def ngram_hashes(text: str, n: int) -> Array:
 
 def ngrams(folded: str, n: int) -> Array:
     """The set of a text's n-grams, as sorted hashes. A text under n characters counts as one n-gram."""
-    hashes = ngram_hashes(folded.ljust(n), n)
-    hashes.sort()
-    return np.concatenate((hashes[:1], hashes[1:][hashes[1:] != hashes[:-1]]))
+    return np.unique(ngram_hashes(folded.ljust(n), n))
 
 
 def jaccard(first: Array, second: Array) -> float:
     """What two sets of n-grams have in common, as a share of their union (0 to 1)."""
-    merged = np.concatenate((first, second))
-    merged.sort()
-    shared = int(np.count_nonzero(merged[1:] == merged[:-1]))
-    return shared / (len(merged) - shared)
+    shared = len(np.intersect1d(first, second, assume_unique=True))
+    return shared / (len(first) + len(second) - shared)
 
 
 def shape_for(threshold: float) -> tuple[int, int]:
