@@ -107,8 +107,6 @@ def _same(keys: Iterable[tuple[int, Hashable]]) -> dict[int, int]:
 def _repeated_parts(text: str, settings: RepetitionSettings) -> Reason | None:
     sentences = [part for part in map(str.strip, _SENTENCES.split(text)) if len(part) >= SHORTEST_SENTENCE]
     paragraphs = [part for part in map(str.strip, _PARAGRAPHS.split(text)) if part]
-    if len(set(sentences)) == len(sentences) and len(set(paragraphs)) == len(paragraphs):
-        return None
     for name, parts, limit, char_limit in (
         ("sentence", sentences, settings.duplicate_sentences, settings.duplicate_sentence_chars),
         ("paragraph", paragraphs, settings.duplicate_paragraphs, settings.duplicate_paragraph_chars),
