@@ -11,7 +11,7 @@ from pipeline.filters_config import JudgeConfig
 from pipeline.records import Reason, read_jsonl
 from pipeline.rundir import RunDir
 
-RULE = "judge"
+JUDGE = "judge"
 SCORES = [1, 2, 3, 4, 5]
 UNREADABLE, FAILED = "unreadable", "failed"  # why an answer has no score: no verdict in the reply, or no reply
 ENOUGH = 20  # verdicts, to say that a judge does not tell its criteria apart
@@ -32,7 +32,7 @@ class Judgement(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def scores(self) -> dict[str, float]:
         """What kept.jsonl says of the answer."""
-        return {} if self.score is None else {RULE: self.score, **self.criteria}
+        return {} if self.score is None else {JUDGE: self.score, **self.criteria}
 
 
 def read_judgements(run: RunDir) -> dict[str, Judgement]:
@@ -61,22 +61,22 @@ def undiscerning(judgements: Iterable[Judgement]) -> str | None:
 def judge_reason(judgement: Judgement, config: JudgeConfig) -> Reason | None:
     """Why the judge drops a row, or None. An unjudged row is dropped: nobody says that it is worth learning from."""
     if judgement.error is not None:
-        return Reason(rule=RULE, what=FAILED, note=f"not judged: {judgement.error}")
+        return Reason(rule=JUDGE, what=FAILED, note=f"not judged: {judgement.error}")
     if judgement.score is None:
-        return Reason(rule=RULE, what=UNREADABLE, count=judgement.attempts)
+        return Reason(rule=JUDGE, what=UNREADABLE, count=judgement.attempts)
     if judgement.score >= config.min_score:
         return None
     low = {name: score for name, score in judgement.criteria.items() if score < config.min_score}
-    return Reason(rule=RULE, value=judgement.score, at_least=config.min_score, scores=low)
+    return Reason(rule=JUDGE, value=judgement.score, at_least=config.min_score, scores=low)
 
 
 def judge_rules(config: JudgeConfig | None) -> list[dict[str, Any]]:
     """The judge as a rule with its settings, for the report."""
-    return [] if config is None else [{"rule": RULE, "min_score": config.min_score, "model": config.model}]
+    return [] if config is None else [{"rule": JUDGE, "min_score": config.min_score, "model": config.model}]
 
 
 def count_scores(judgement: Judgement, scores: dict[str, Counter[str]]) -> None:
     """Adds a judgement to the histograms, the one of `score` under the judge's own name."""
     whole = judgement.score or (UNREADABLE if judgement.error is None else FAILED)
-    for name, score in {RULE: whole, **judgement.criteria}.items():
+    for name, score in {JUDGE: whole, **judgement.criteria}.items():
         scores.setdefault(name, Counter())[str(score)] += 1

@@ -11,8 +11,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from filters.groups import SELECT
-from filters.judgements import FAILED, SCORES, UNREADABLE
-from filters.judgements import RULE as JUDGE
+from filters.judgements import FAILED, JUDGE, SCORES, UNREADABLE
 from filters.tally import BIN, LAST_BIN, MOST_VALUES, BadLine, Example, Tally
 
 EXAMPLE_CHARS = 120  # of a reason, in the table: what was said and what was wanted

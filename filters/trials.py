@@ -23,8 +23,7 @@ from filters.answer import Answer, RuleSettings, as_answer
 from filters.duplicates import CONTAMINATED, DEDUP_RULES
 from filters.fresh import fresh_values
 from filters.groups import AGREES, SELECT
-from filters.judgements import RULE as JUDGE
-from filters.judgements import Judgement, read_judgements
+from filters.judgements import JUDGE, Judgement, read_judgements
 from filters.reasons import describe
 from filters.repetition import RepetitionSettings
 from filters.report import one_line

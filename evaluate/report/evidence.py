@@ -13,7 +13,7 @@ from evaluate.document import Report, read_report
 from evaluate.models import student_lineage
 from filters.duplicates import DEDUP_RULES, EXACT, NEAR
 from filters.groups import SELECT
-from filters.judgements import RULE as JUDGE
+from filters.judgements import JUDGE
 from filters.report import FilterReport
 from filters.review.agreement import Result, agreement
 from pipeline.checks import Check

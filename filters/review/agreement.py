@@ -15,8 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from filters.judgements import RULE as JUDGE
-from filters.judgements import SCORES, read_judgements
+from filters.judgements import JUDGE, SCORES, read_judgements
 from filters.review.session import SAMPLE_FILES, load_sample, read_reviews
 from filters.rows import filtered_rows
 from pipeline.recipe import Recipe
