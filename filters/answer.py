@@ -52,6 +52,14 @@ class Verified(NamedTuple):
     result: str | None = None  # the answer or what came of it, normalised: equal for answers that say the same
 
 
+class Checked(NamedTuple):
+    """What all rules say of an answer."""
+
+    reasons: list[Reason]  # why it is dropped, in the recipe's order; empty if it is kept
+    scores: dict[str, float]  # by the label of the rule
+    result: str | None  # of the first rule that gives one
+
+
 class RuleSettings(BaseModel):
     """Base of a rule's settings: frozen, unknown keys refused."""
 

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 from pydantic import Field
 
-from filters.answer import UNVERIFIED, Answer, RuleSettings
+from filters.answer import UNVERIFIED, Answer, Checked, RuleSettings
 from filters.minhash import Array, digest
 from pipeline.filters_config import Selection
 from pipeline.records import Completion, Message, Reason, folded, said
@@ -40,14 +40,6 @@ class AgreesSettings(RuleSettings):
 
 def agrees(answer: Answer, settings: AgreesSettings) -> None:
     """Says nothing of one answer by itself: `outvoted` compares those that the other rules let pass."""
-
-
-class Checked(NamedTuple):
-    """What all rules say of an answer."""
-
-    reasons: list[Reason]  # why it is dropped, in the recipe's order; empty if it is kept
-    scores: dict[str, float]  # by the label of the rule
-    result: str | None  # of the first rule that gives one
 
 
 def sample_of(row: Completion, checked: Checked, start: int, *, results: bool) -> tuple[int | float, ...]:

@@ -15,8 +15,8 @@ import msgspec
 from msgspec.structs import replace
 from pydantic import ConfigDict, Field, ValidationError
 
-from filters.answer import UNVERIFIED, Answer, RuleSettings, TextSettings, Verified
-from filters.groups import AGREES, AgreesSettings, Checked
+from filters.answer import UNVERIFIED, Answer, Checked, RuleSettings, TextSettings, Verified
+from filters.groups import AGREES, AgreesSettings
 from filters.rules import RULES, Rule
 from pipeline.errors import DistillError, RecipeError
 from pipeline.filters_config import FiltersConfig, RuleConfig
