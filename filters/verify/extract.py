@@ -147,17 +147,17 @@ def parse_json(text: str) -> Any:
 
 def canonical(value: Any) -> str:
     """JSON as one text that is equal for equal values: keys sorted, `1.0` as `1`."""
-    return json.dumps(_plain(value), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return json.dumps(_whole_as_int(value), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
-def _plain(value: Any) -> Any:
+def _whole_as_int(value: Any) -> Any:
     match value:
         case float() if value.is_integer():
             return int(value)
         case dict():
-            return {key: _plain(item) for key, item in value.items()}
+            return {key: _whole_as_int(item) for key, item in value.items()}
         case list():
-            return [_plain(item) for item in value]
+            return [_whole_as_int(item) for item in value]
         case _:
             return value
 
