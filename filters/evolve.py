@@ -84,11 +84,11 @@ class Question(NamedTuple):
     asked: Prompt
 
 
-class Round(msgspec.Struct, kw_only=True):
+class Round(msgspec.Struct, frozen=True, kw_only=True):
     asked: int
     failed: int  # for good: no answer
-    new: int = 0
-    left_out: Counter[str] = msgspec.field(default_factory=Counter)  # by the reason
+    new: int
+    left_out: Counter[str]  # by the reason
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -144,8 +144,10 @@ def evolve(
             failed = generate(asking, asked, quiet=quiet, retry_failures=True).failed  # what is not answered yet
         except BudgetReached as error:
             stopped = error
-        done.append(Round(asked=len(questions), failed=failed))
-        prompts += _new_prompts(questions, _answers(asking, asked), distinct, done[-1], number, group)
+        answers = {request.prompt_id: answer for request, answer in asked_rows(asking, asked.completions, Completion)}
+        new, left_out = _new_prompts(questions, answers, distinct, number, group)
+        prompts += new
+        done.append(Round(asked=len(questions), failed=failed, new=len(new), left_out=left_out))
     write_jsonl(run.path / "evolved.jsonl", prompts)
     report = _report(seeds, prompts, done)
     write_json(folder / "report.json", report)
@@ -206,21 +208,11 @@ def _recipe_of_round(recipe: Recipe, asked: RunDir, questions: Sequence[Prompt])
     )
 
 
-def _answers(asking: Recipe, asked: RunDir) -> dict[str, Completion]:
-    """The answers to a round, by question."""
-    return {request.prompt_id: answer for request, answer in asked_rows(asking, asked.completions, Completion)}
-
-
 def _new_prompts(
-    questions: dict[str, Question],
-    answers: dict[str, Completion],
-    distinct: Distinct,
-    this: Round,
-    number: int,
-    group: str,
-) -> list[Prompt]:
-    """The prompts that a round's replies make, in the order of its questions. Counts them, and what is left out."""
-    found = []
+    questions: dict[str, Question], answers: dict[str, Completion], distinct: Distinct, number: int, group: str
+) -> tuple[list[Prompt], Counter[str]]:
+    """The prompts that a round's replies make, in the order of its questions; and what is left out, by the reason."""
+    found, left_out = list[Prompt](), Counter[str]()
     for id_, (parent, way, _) in questions.items():
         if id_ not in answers:
             continue
@@ -228,14 +220,13 @@ def _new_prompts(
         if wrong is None and not distinct.add(text):
             wrong = "near_duplicate"
         if wrong:
-            this.left_out[wrong] += 1
+            left_out[wrong] += 1
             continue
-        this.new += 1
         messages = [*parent.messages[:-1], Message(role="user", content=text)]
         columns = {"evolved": {"from": parent.id, "way": way, "round": number}, group: parent.columns[group]}
         tools = parent.tools
         found.append(Prompt(id=prompt_id(messages, tools), messages=messages, columns=columns, tools=tools))
-    return found
+    return found, left_out
 
 
 def _of_family(seed: Prompt, group: str, families: dict[str, str]) -> Prompt:
