@@ -188,7 +188,7 @@ class Worker:
                 counters=self._counters,
                 say=self._said.append,
                 show=lambda: None,
-                finished=self._finished,
+                finished=lambda id_: self._unfinished.pop(id_, None),
             )
             self._budget.limit_to(Spend())
             uploaders = [
@@ -204,9 +204,6 @@ class Worker:
                     await self._upload(store, uploaders)
                 await self._upload_rest(store, uploaders)
                 return await sending
-
-    def _finished(self, id_: str) -> None:
-        self._unfinished.pop(id_, None)
 
     async def _upload(self, store: Store, uploaders: list[Uploader]) -> None:
         """Uploads the parts that are to be closed now, then the account. A store that is away is tried again."""
