@@ -21,12 +21,11 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 
-from filters import sketches
 from filters.blocks import Block
 from filters.duplicates import Search, Searcher
 from filters.minhash import GLIMPSE, Array, least_agreement
 from filters.run import Machine
-from filters.sketches import Sketches, Source, thresholds
+from filters.sketches import Sketches, Source, sketch_file, thresholds
 from filters.stream import SLOW_BLOCK, SMALLEST_BLOCK, Work, read_lines
 from pipeline.errors import DistillError, UsageError, first_line
 from pipeline.filters_config import DedupConfig
@@ -103,7 +102,7 @@ class Filtering:
     def sketch_file(self, source: Source, config: DedupConfig) -> list[Array]:
         """As filters.sketches.sketch_file, without bands and glimpses."""
         slim = []
-        for rows in sketches.sketch_file(source, config):
+        for rows in sketch_file(source, config):
             digests, glimpses, *buckets = _split(rows, self._buckets)
             self._others.append(Shuffled(len(rows), self._ray.put(glimpses), [self._ray.put(one) for one in buckets]))
             slim.append(digests)
