@@ -16,7 +16,7 @@ from filters.sketches import Text, question_of, sketch
 from filters.stream import Line
 from filters.tally import Tally
 from pipeline.filters_config import DedupConfig
-from pipeline.records import LONGEST_LINE, Completion, said
+from pipeline.records import LONGEST_LINE, Completion, encode_line, said
 
 
 class Block(NamedTuple):
@@ -54,8 +54,8 @@ def check_lines(
             else:
                 tally.torn = True
             continue
-        if fresh:
-            row, line = fresh.joined(row, line)
+        if fresh and (updated := fresh.updated(row)) is not row:
+            row, line = updated, encode_line(updated)
         answer = as_answer(row)
         checked = rules.check(answer)
         tally.count(row.id, answer, checked.reasons)

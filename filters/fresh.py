@@ -18,7 +18,7 @@ import numpy as np
 
 from pipeline.errors import DataError
 from pipeline.prompts_config import PromptsConfig
-from pipeline.records import Completion, Prompt, encode_line
+from pipeline.records import Completion, Prompt
 from pipeline.rundir import RunDir
 
 MARKS = b'"reference":', b'"columns":'  # a line without them has neither
@@ -52,26 +52,25 @@ class FreshValues:
         self._keys, self._ids, self._values = (np.frombuffer(one, np.uint64)[order] for one in (keys, ids, values))
         self._starts, self._lengths = np.frombuffer(starts, np.int64)[order], np.frombuffer(lengths, np.int32)[order]
 
-    def joined(self, row: Completion, line: bytes) -> tuple[Completion, bytes]:
-        """A row and its line, with the values that its prompt has now. Where the question stands there several times,
-        those of the last with the row's id, else of the last.
+    def updated(self, row: Completion) -> Completion:
+        """A row with the values that its prompt has now. Where the question stands there several times, those of the
+        last with the row's id, else of the last.
 
-        A row whose values are those of one of its prompts stays as it is, and so does a row of another question.
+        A row whose values are those of one of its prompts is returned as it is, and so is a row of another question.
         """
         key = np.uint64(_hash([row.messages, row.tools]))
         first, end = (int(np.searchsorted(self._keys, key, side)) for side in ("left", "right"))
         if first == end:
-            return row, line
+            return row
         value = np.uint64(_hash_of_values(row.prompt_id, row))
         at = first + int(np.searchsorted(self._values[first:end], value))
         if at < end and self._values[at] == value:
-            return row, line
+            return row
         same_id = self._ids[first:end] == np.uint64(_hash(row.prompt_id))
         last = first + int(np.lexsort((self._starts[first:end], same_id))[-1])
         prompt = _decode(self._line(int(self._starts[last]), int(self._lengths[last])))
         own = {"slots": prompt.slots, "reference": prompt.reference, "columns": prompt.columns}
-        row = msgspec.structs.replace(row, prompt_id=prompt.id, **own)
-        return row, encode_line(row)
+        return msgspec.structs.replace(row, prompt_id=prompt.id, **own)
 
     def _line(self, start: int, length: int) -> bytes:
         if self._file is None:

@@ -84,7 +84,7 @@ def dry_run(recipe: Recipe, run: RunDir, rules: RuleSet) -> DryRun:
     with fresh_values(run, recipe.prompts) as fresh:
         for row in filtered_rows(run):
             result.rows += 1
-            reasons = rules.reasons(as_answer(fresh.joined(row, b"")[0] if fresh else row))
+            reasons = rules.reasons(as_answer(fresh.updated(row) if fresh else row))
             if isinstance(row, Kept):
                 result.kept_before += 1
                 if reasons:
