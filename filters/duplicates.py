@@ -33,6 +33,17 @@ class Match(NamedTuple):
     similarity: float | None
 
 
+class Searcher(Protocol):
+    """Finds the most similar to a row among the rows that stay."""
+
+    def add(self, row: int) -> None: ...
+
+    def match(self, row: int) -> Match | None: ...
+
+
+Searching = Callable[[Sketches, str, Array, int], Searcher]  # as Search is made
+
+
 def dedup_rules(config: DedupConfig | None) -> list[dict[str, Any]]:
     """The rules that are at work, with their settings, for the report."""
     if config is None:
@@ -92,7 +103,7 @@ def exact_copies(sketches: Sketches, gone: Collection[int]) -> dict[int, int | N
 
 
 def find_duplicates(
-    sketches: Sketches, gone: Collection[int], scores: Mapping[int, float], search: "Searching"
+    sketches: Sketches, gone: Collection[int], scores: Mapping[int, float], search: Searching
 ) -> dict[int, Reason]:
     """This run's rows, numbered from 0, that are the same as one that stays, or nearly so, and why each is dropped.
 
@@ -106,8 +117,8 @@ def find_duplicates(
     alive[[own + row for row in gone]] = False
     order = np.lexsort((rows["id"], -better, kinds))
     found: dict[int, Reason] = {}
-    same = {"answer": config.exact, "prompt": config.prompts is not None}  # whether they may be like one of this run
-    searches = [search(sketches, what, alive, len(rows) if same[what] else evaluated) for what in thresholds(config)]
+    alone = {"answer": not config.exact, "prompt": config.prompts is None}  # whether only evaluations are looked at
+    searches = [search(sketches, what, alive, evaluated if alone[what] else len(rows)) for what in thresholds(config)]
     for row in order[alive[order]].tolist():
         matches = [match for one in searches if row >= own and (match := one.match(row))]
         if matches:
@@ -164,17 +175,6 @@ class Search:
         found = [(jaccard(mine, self._ngrams_of(other)), other) for other in likely]
         similarity, other = max(found, key=itemgetter(0))  # the first of equals
         return Match(self._what, other, similarity) if similarity >= self._threshold else None
-
-
-class Searcher(Protocol):
-    """Finds the most similar to a row among the rows that stay."""
-
-    def add(self, row: int) -> None: ...
-
-    def match(self, row: int) -> Match | None: ...
-
-
-Searching = Callable[[Sketches, str, Array, int], Searcher]  # as Search is made
 
 
 def _reason(match: Match, evaluated: int, sketches: Sketches) -> Reason:
