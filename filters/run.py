@@ -79,12 +79,12 @@ class Survivors:
         return alive
 
     @property
-    def best(self) -> Array:
+    def quality(self) -> Array:
         """How good each is: the mean of the judge's scores, or of the verifiers' if no judge was asked."""
-        best = self.samples["score"].copy()
+        quality = self.samples["score"].copy()
         for number, verdict in self.verdicts.items():
-            best[number] = sum(verdict.scores.values()) / max(len(verdict.scores), 1)
-        return best
+            quality[number] = sum(verdict.scores.values()) / max(len(verdict.scores), 1)
+        return quality
 
     def scores(self, number: int) -> dict[str, float]:
         """What kept.jsonl says of one, besides the scores of the rules."""
@@ -146,9 +146,9 @@ def filter_run(
             copies = exact_copies(sketches, survivors.gone) if sketches else {}
             _ask_judge(recipe, run, survivors, copies, tally)
         if sketches:
-            scores = _scores(survivors, run)
+            scores = _judge_scores(survivors, run)
             survivors.gone |= find_duplicates(sketches, survivors.gone, scores, machine.search)
-        survivors.gone |= not_selected(survivors.samples, survivors.alive, config.select, survivors.best, votes)
+        survivors.gone |= not_selected(survivors.samples, survivors.alive, config.select, survivors.quality, votes)
         _write(survivors, kept, dropped, tally)
         for file in (kept, dropped):
             file.flush()  # they are read again
@@ -222,7 +222,7 @@ def _ask_judge(
                 survivors.gone[copy] = Reason(rule=EXACT, what="answer", of=verdict.id)
 
 
-def _scores(survivors: Survivors, run: RunDir) -> dict[int, int]:
+def _judge_scores(survivors: Survivors, run: RunDir) -> dict[int, int]:
     """The judge's scores by row; of an earlier call if this one asked no judge."""
     verdicts = survivors.verdicts
     if not verdicts and (earlier := read_judgements(run)):
