@@ -1,16 +1,15 @@
 """The verifiers `matches` and `choice`: the answer, or a part of it, against the reference or a list of labels."""
 
-import re
 import unicodedata
 from datetime import date
-from functools import lru_cache
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from filters.answer import Answer, Pattern, RuleSettings, Verified, nfc
+from filters.answer import Answer, Verified, nfc
 from filters.verify.extract import (
     INVISIBLE,
+    PatternSettings,
     ReferenceSettings,
     all_shown,
     canonical,
@@ -20,38 +19,12 @@ from filters.verify.extract import (
     shown,
 )
 from filters.verify.guard import Unreadable, Unverified
-from filters.verify.worker import call
 from pipeline.records import Reason, folded
 
 # What a model puts around a label, and ends it with: in other scripts, all punctuation but dashes.
 _MARKS = {"Po", "Ps", "Pe", "Pi", "Pf"}
 _PUNCTUATION = [char for char in map(chr, range(0x80, 0x10000)) if unicodedata.category(char) in _MARKS]
 _AROUND = " \t\n\"'`*_.,;:!()[]" + "".join(_PUNCTUATION) + INVISIBLE
-
-
-class PatternSettings(RuleSettings):
-    """What the verifiers have in common that look at a part of the answer."""
-
-    pattern: Pattern | None = Field(None, description="a regular expression: its first group is the answer")
-    seconds: float = Field(1, gt=0)  # for the pattern
-
-    def part_of(self, answer: Answer) -> str:
-        """The part of an answer that counts. Raises Unreadable if the pattern is not in it."""
-        if self.pattern is None:
-            return answer.text
-        found: str | None = call(__name__, "search", self.pattern, answer.text, seconds=self.seconds)
-        if found is None:
-            raise Unreadable("pattern", shown(answer.text))
-        return found
-
-
-def search(pattern: str, text: str) -> str | None:
-    """The first group of the last match, or the match if there is no group. In the worker: it may never end."""
-    found = list(_compiled(pattern).finditer(text))
-    return (found[-1][1] if found[-1].re.groups else found[-1][0]) if found else None
-
-
-_compiled = lru_cache(re.compile)
 
 
 class MatchesSettings(PatternSettings, ReferenceSettings):

@@ -1,4 +1,4 @@
-r"""What a verifier takes out of an answer (a fenced block, a number, \boxed{…}) and out of its reference."""
+r"""What a verifier takes out of an answer (a pattern, a fenced block, a number, \boxed{…}) and out of its reference."""
 
 import json
 import math
@@ -12,8 +12,9 @@ from typing import Any
 import msgspec
 from pydantic import Field, ValidationInfo
 
-from filters.answer import Answer, RuleSettings
+from filters.answer import Answer, Pattern, RuleSettings
 from filters.verify.guard import Unreadable, Unverified
+from filters.verify.worker import call
 
 _FENCE = re.compile(  # words may stand before an opening ```: Here it is: ```python
     r"^(?:[ \t]*|(?:[^\n`]|(?<!`)`(?!`))*(?=`{3,}[\w+-]*[ \t]*$))(`{3,}|~{3,}(?=\w))[ \t]*([\w+-]*)[^\n`]*\n"
@@ -49,6 +50,28 @@ class ReferenceSettings(RuleSettings):
         if not isinstance(answer.reference, dict) or self.field not in answer.reference:
             raise Unverified(f"the reference has no key `{self.field}`")
         return answer.reference[self.field]
+
+
+class PatternSettings(RuleSettings):
+    """What the verifiers have in common that look at a part of the answer."""
+
+    pattern: Pattern | None = Field(None, description="a regular expression: its first group is the answer")
+    seconds: float = Field(1, gt=0)  # for the pattern
+
+    def part_of(self, answer: Answer) -> str:
+        """The part of an answer that counts. Raises Unreadable if the pattern is not in it."""
+        if self.pattern is None:
+            return answer.text
+        found: str | None = call(__name__, "search", self.pattern, answer.text, seconds=self.seconds)
+        if found is None:
+            raise Unreadable("pattern", shown(answer.text))
+        return found
+
+
+def search(pattern: str, text: str) -> str | None:
+    """The first group of the last match, or the match if there is no group. In the worker: it may never end."""
+    found = list(re.finditer(pattern, text))
+    return (found[-1][1] if found[-1].re.groups else found[-1][0]) if found else None
 
 
 def beside_recipe(name: str | Path, info: ValidationInfo) -> Path:

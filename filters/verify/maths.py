@@ -6,8 +6,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from filters.answer import Answer, Verified
-from filters.verify.compare import PatternSettings
-from filters.verify.extract import ReferenceSettings, boxed, shown
+from filters.verify.extract import PatternSettings, ReferenceSettings, boxed, shown
 from filters.verify.guard import Unreadable
 from filters.verify.worker import call
 from pipeline.records import Reason

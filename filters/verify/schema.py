@@ -10,8 +10,7 @@ import msgspec
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationInfo, model_validator
 
 from filters.answer import Answer, RuleSettings, Verified, nfc
-from filters.verify.compare import PatternSettings
-from filters.verify.extract import beside_recipe, canonical, parse_json, shown
+from filters.verify.extract import PatternSettings, beside_recipe, canonical, parse_json, shown
 from filters.verify.worker import call
 from pipeline.records import BOM, Json, Reason
 
