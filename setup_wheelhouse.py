@@ -180,6 +180,10 @@ def main() -> None:
             collect(options, wanted)
     except WheelhouseError as error:
         sys.exit(f"wheelhouse failed: {error}")
+    except OSError as error:  # a full disk, a folder that may not be written
+        from pipeline.errors import file_error
+
+        sys.exit(f"wheelhouse failed: {file_error(error, str(options.folder))}")
     except KeyboardInterrupt:
         print("wheelhouse interrupted: run the same command again to go on", file=sys.stderr)
         sys.exit(130)
@@ -241,17 +245,20 @@ def normalised(name: str) -> str:
 
 
 def collect(options: argparse.Namespace, wanted: list[str]) -> None:
-    """Downloads, packs and describes all. What a call that was cut short has downloaded is used by the next."""
+    """Downloads, packs and describes all, and only then replaces a wheelhouse that is there.
+
+    What a call that was cut short has downloaded is used by the next.
+    """
     folder: Path = options.folder
-    work = folder / "collecting"
-    models = model_folders(options.model)  # before the wheelhouse that is there is removed
-    (work / "wheels").mkdir(parents=True, exist_ok=True)
-    for old in (*folder.glob("part-*"), folder / MANIFEST, folder / BUNDLE):
-        old.unlink(missing_ok=True)
+    work, new = folder / "collecting", folder / "collecting/new"
+    models = model_folders(options.model)
+    shutil.rmtree(new, ignore_errors=True)
+    for path in (work / "wheels", new):
+        path.mkdir(parents=True, exist_ok=True)
     say(f"downloading {len(wanted)} packages for Python {options.python} on {options.machine}")
     download(options, wanted, work)
     say("packing")
-    writer = PartWriter(folder, options.part)
+    writer = PartWriter(new, options.part)
     with tarfile.open(fileobj=writer, mode="w|", bufsize=BLOCK) as archive:
         for name in ("requirements.txt", "wheels"):
             archive.add(work / name, name)
@@ -260,14 +267,28 @@ def collect(options: argparse.Namespace, wanted: list[str]) -> None:
             archive.add(source, f"{kind}/{source.name}")
     writer.close()
     branch = run(["git", "rev-parse", "--abbrev-ref", "HEAD"]).strip()
-    run(["git", "bundle", "create", "-q", str(folder / BUNDLE), *dict.fromkeys(["HEAD", branch])])
+    run(["git", "bundle", "create", "-q", str(new / BUNDLE), *dict.fromkeys(["HEAD", branch])])
     asked = {name: getattr(options, name) for name in ("python", "machine", "cuda", "groups", "exclude", "model")}
-    files = [described(folder / BUNDLE), *writer.parts]
+    files = [described(new / BUNDLE), *writer.parts]
     manifest = {"commit": run(["git", "rev-parse", "HEAD"]).strip(), **asked, "packages": wanted, "files": files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    (new / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    replace_wheelhouse(folder, new)
     shutil.rmtree(work)
     size = sum(file["bytes"] for file in files) / 2**20
     say(f"{folder}: {len(wanted)} packages, {len(models)} models, {len(writer.parts)} parts, {size:,.0f} MiB")
+
+
+def replace_wheelhouse(folder: Path, new: Path) -> None:
+    """Moves the new files in, the manifest last, and removes the others of the old wheelhouse. Further files stay."""
+    try:
+        old = {file["name"] for file in read_manifest(folder)["files"]}
+    except (WheelhouseError, KeyError, TypeError):  # none is there
+        old = set()
+    names = {path.name for path in new.iterdir()}
+    for name in sorted(names, key=lambda name: name == MANIFEST):
+        (new / name).replace(folder / name)
+    for name in old - names:
+        (folder / name).unlink(missing_ok=True)
 
 
 def download(options: argparse.Namespace, wanted: list[str], work: Path) -> None:

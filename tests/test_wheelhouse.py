@@ -211,6 +211,58 @@ def test_an_interrupted_collection_is_one_line(
     assert capsys.readouterr().err == "wheelhouse interrupted: run the same command again to go on\n"
 
 
+@pytest.mark.parametrize("kind", ["full", "file"])
+def test_a_disk_that_takes_no_wheelhouse_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    folder = tmp_path / "house"
+
+    def resolved(_: argparse.Namespace) -> list[str]:
+        if kind == "full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as `write` raises it: it names no file
+        folder.touch()
+        return []
+
+    for name, value in {"check_clone": lambda: None, "resolved": resolved}.items():
+        monkeypatch.setitem(house.main.__globals__, name, value)
+    monkeypatch.setattr(sys, "argv", ["setup_wheelhouse.py", str(folder)])
+    said = {"full": "house: No space left on device", "file": "house/collecting/wheels: Not a directory"}[kind]
+    with pytest.raises(SystemExit, match=rf"^wheelhouse failed: .*{said}$"):
+        house.main()
+
+
+def test_a_wheelhouse_stays_until_the_new_one_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = a_wheelhouse(tmp_path)  # of more parts than the new one
+    own = folder / "part-time contracts.txt"
+    own.write_text("mine")
+
+    def run(command: list[str], input: str = "") -> str:
+        if command[1] == "bundle":
+            Path(command[4]).write_bytes(b"bundle")
+        return "main\n"
+
+    def download(options: argparse.Namespace, wanted: list[str], work: Path) -> None:
+        (work / "requirements.txt").touch()
+        if not wanted:
+            raise house.WheelhouseError("no network")
+
+    for name, value in {"run": run, "download": download}.items():
+        monkeypatch.setitem(house.collect.__globals__, name, value)
+    options = options_of(folder)
+    with pytest.raises(house.WheelhouseError, match="no network"):
+        house.collect(options, [])
+    assert house.read_manifest(folder)["packages"] == []
+    house.verify(folder, house.read_manifest(folder))
+    house.collect(options, ["six==1.0"])
+    assert house.read_manifest(folder)["packages"] == ["six==1.0"]
+    house.verify(folder, house.read_manifest(folder))
+    expected = ["distillate.bundle", "manifest.json", "part-000", own.name]
+    assert sorted(path.name for path in folder.iterdir()) == expected and own.read_text() == "mine"
+    (folder / "manifest.json").write_text('{"name": "an app"}')  # no wheelhouse's
+    house.collect(options, ["six==1.0"])
+    house.verify(folder, house.read_manifest(folder))
+
+
 def test_two_models_of_one_name_are_refused(tmp_path: Path) -> None:
     models = [tmp_path / "runs" / run / "student" for run in "ab"]
     for model in models:
