@@ -90,7 +90,7 @@ class Journal:
         """Reads the journal, fixes its end and opens it. Raises DataError or DistillError."""
         self.path, self._dirty = path, False
         with self._explained():
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         try:
             with self._explained(), self._locked():
                 self.found = read_journal(path, kind)

@@ -1,5 +1,6 @@
 """Journals: what is left of them after a kill at any byte, a full disk, and a careless editor."""
 
+import os
 import resource
 import tempfile
 from pathlib import Path
@@ -134,6 +135,16 @@ def test_a_journal_that_is_removed_or_moved_ends_the_run(tmp_path: Path) -> None
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(DistillError, match=r"nowhere/c\.jsonl: cannot be written: No such file"):
         Journal(tmp_path / "nowhere" / "c.jsonl", Completion)
+
+
+def test_a_group_that_may_write_the_run_may_write_its_journals(tmp_path: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        with Journal(tmp_path / "c.jsonl", Completion):
+            pass
+    finally:
+        os.umask(before)
+    assert (tmp_path / "c.jsonl").stat().st_mode & 0o777 == 0o664
 
 
 @given(st.lists(st.text(max_size=3)))
