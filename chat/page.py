@@ -60,7 +60,7 @@ def chat_page(recipe: Recipe, run: RunDir, models: Sequence[Model], token: str) 
             for model in models
         ]
         return {
-            "run": run.path.name,
+            "run": run.name,
             "models": shown,
             "begin": begin,
             "questions": questions,

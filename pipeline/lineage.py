@@ -81,7 +81,7 @@ def record_lineage(run: RunDir, stage: str, section: dict[str, Any]) -> None:
 
 def with_section(run: RunDir, stage: str, section: dict[str, Any]) -> dict[str, Any]:
     """The run's lineage with the stage's section replaced."""
-    return {"name": run.path.name, **read_lineage(run), stage: section}
+    return {"name": run.name, **read_lineage(run), stage: section}
 
 
 def write_lineage(run: RunDir, lineage: dict[str, Any]) -> None:

@@ -73,6 +73,11 @@ class RunDir:
     report = File("report.json")  # `evaluate`
     report_html = File("report.html")  # `evaluate`
 
+    @property
+    def name(self) -> str:
+        """The folder's own name, also where its path ends otherwise (`.`, `..`)."""
+        return self.path.name if self.path.name not in ("", "..") else self.path.resolve().name
+
     def check_folder(self) -> None:
         """Raises UsageError if the run's path is a file, or a link that leads nowhere."""
         if self.path.exists() and not self.path.is_dir():

@@ -273,6 +273,16 @@ def test_each_stage_writes_its_own_section_of_the_lineage(tmp_path: Path) -> Non
     assert read_lineage(run) == {"name": tmp_path.name, "generate": {"teacher": "b"}, "filters": {"kept": 1}}
 
 
+@pytest.mark.parametrize("given", [".", "sub/..", "../mine"])
+def test_a_run_has_its_folders_name_however_its_path_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    (tmp_path / "mine" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "mine")
+    record_lineage(RunDir(Path(given)), "filters", {"kept": 1})
+    assert read_lineage(RunDir(Path(given))) == {"name": "mine", "filters": {"kept": 1}}
+
+
 @pytest.mark.parametrize(("name", "written"), [("한글".encode(), "한글"), ("한".encode("euc-kr"), "��")])
 def test_the_lineage_names_a_folder_of_any_bytes(tmp_path: Path, name: bytes, written: str) -> None:
     """Bytes that are not UTF-8 are replaced. Under the C locale a name comes as such bytes even where it is UTF-8."""

@@ -142,7 +142,7 @@ def export_dataset(recipe: Recipe, run: RunDir, repo: str | None = None) -> Path
     parts = read_parts(recipe, run)
     rows_of = {"train": parts.train, "validation": parts.validation, "test": parts.test}
     sections = {name: section for name, section in read_lineage(run).items() if name in ("generate", "filters")}
-    lineage = {"name": run.path.name, **sections}
+    lineage = {"name": run.name, **sections}
     folder = run.path / "export" / "dataset"
     with _replacing_export(folder, run) as building:
         (building / "data").mkdir()
