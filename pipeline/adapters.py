@@ -78,8 +78,9 @@ def whole_model(folder: Path, base: str | Path, merged: Path) -> Path:
 def _is_made_of(merged: Path, made_of: dict[str, Any]) -> bool:
     """Whether the merged folder is there, with a whole model, and is made of these."""
     marker = merged / MERGED_FROM
-    there = (merged / "config.json").is_file() and marker.is_file() and torn_file(merged) is None
-    return there and json.loads(marker.read_bytes()) == made_of
+    there = (merged / "config.json").is_file() and marker.is_file()
+    whole = there and torn_file(merged) is None and missing_weights(merged) is None
+    return whole and json.loads(marker.read_bytes()) == made_of
 
 
 def digest_files(folder: Path) -> str:
@@ -105,12 +106,28 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_whole(student: Path) -> None:
-    """Raises UsageError if a file of a run's student is damaged; a student that is not there is not."""
+    """Raises UsageError if a file of a run's student is damaged, or its weights are missing.
+
+    A student that is not there is neither.
+    """
+    again = f"train this student again (python -m train RECIPE --run {student.parent} --again)"
     if torn := torn_file(student):
-        raise UsageError(
-            f"{torn}: {torn.stat().st_size:,} bytes, empty or cut off as after a power cut; train this student again "
-            f"(python -m train RECIPE --run {student.parent} --again)"
-        )
+        size = torn.stat().st_size
+        raise UsageError(f"{torn}: {size:,} bytes, empty or cut off as after a power cut; {again}")
+    if missing := missing_weights(student):
+        raise UsageError(f"{missing}: is not there; copy it here again, or {again}")
+
+
+def missing_weights(folder: Path) -> Path | None:
+    """A file of weights that is not there, though the configuration of its adapter or model is; None if all are."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / ADAPTER).is_file():
+        names = {"adapter_model.safetensors"}
+    elif index.is_file():
+        names = set(json.loads(index.read_bytes())["weight_map"].values())
+    else:
+        names = {"model.safetensors"} if (folder / "config.json").is_file() else set()
+    return next((folder / name for name in sorted(names) if not (folder / name).is_file()), None)
 
 
 def torn_file(folder: Path) -> Path | None:

@@ -10,7 +10,9 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import chat.models
 from chat.__main__ import main
@@ -212,6 +214,7 @@ def test_an_answer_says_that_its_student_was_trained_again_since(tmp_path: Path)
     run = RunDir(tmp_path)
     run.student.mkdir()
     (run.student / "config.json").write_text("{}")
+    save_file({"weight": np.zeros(1)}, run.student / "model.safetensors")
     with misbehaving(lambda asked: streaming("Yes.")) as server:
         (model,) = choose_models(recipe_for("http://127.0.0.1:1/v1", student={"model": "s"}), run, [AFTER])
         model.at(server.url)

@@ -10,8 +10,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from pipeline import adapters
-from pipeline.adapters import MERGED_FROM, torn_file, whole_model
+from pipeline.adapters import MERGED_FROM, missing_weights, torn_file, whole_model
 
+INDEX = '{"weight_map": {"x": "b.safetensors", "y": "a.safetensors", "z": "b.safetensors"}}'
 FILES = ["config.json", MERGED_FROM, "model.safetensors"]
 
 
@@ -54,8 +55,9 @@ def test_a_merged_folder_without_a_model_is_made_again(adapter: Path, tmp_path: 
     merged = whole_model(adapter, "base", tmp_path / "merged")
     made_of = json.loads((merged / MERGED_FROM).read_bytes())
     assert whole_model(adapter, "base", merged) == merged and len(merges) == 1
-    (merged / "config.json").unlink()
-    assert whole_model(adapter, "base", merged) == merged and len(merges) == 2
+    for again, file in enumerate(("config.json", "model.safetensors"), start=2):
+        (merged / file).unlink()
+        assert whole_model(adapter, "base", merged) == merged and len(merges) == again
     assert names(merged) == FILES and json.loads((merged / MERGED_FROM).read_bytes()) == made_of
 
 
@@ -67,6 +69,24 @@ def test_a_base_with_other_weights_is_merged_again(adapter: Path, tmp_path: Path
         for _ in range(2):
             whole_model(adapter, base, merged)
     assert len(merges) == 2
+
+
+@pytest.mark.parametrize(
+    ("there", "missing"),
+    [
+        ({}, None),
+        ({"config.json": "{}"}, "model.safetensors"),
+        ({"config.json": "{}", "model.safetensors": ""}, None),
+        ({"adapter_config.json": "{}", "model.safetensors": ""}, "adapter_model.safetensors"),
+        ({"adapter_config.json": "{}", "adapter_model.safetensors": ""}, None),
+        ({"config.json": "{}", "model.safetensors.index.json": INDEX, "a.safetensors": ""}, "b.safetensors"),
+        ({"model.safetensors.index.json": INDEX, "a.safetensors": "", "b.safetensors": ""}, None),
+    ],
+)
+def test_weights_that_are_not_there_are_named(tmp_path: Path, there: dict[str, str], missing: str | None) -> None:
+    for name, content in there.items():
+        (tmp_path / name).write_text(content)
+    assert missing_weights(tmp_path) == (tmp_path / missing if missing else None)
 
 
 @pytest.mark.parametrize("name", FILES)

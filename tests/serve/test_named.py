@@ -71,11 +71,13 @@ def test_a_student_is_its_folder_and_an_adapter_is_merged_once(tmp_path: Path, m
     assert reference_of(recipe, run, AFTER) == str(whole)
 
     (whole / "adapter_config.json").write_text("{}")
+    save_file({"weight": np.zeros(2)}, whole / "adapter_model.safetensors")
     merges = []
 
     def merge(base: str, adapter: Path, target: Path) -> None:
         merges.append((base, adapter))
         (target / "config.json").write_text("{}")
+        save_file({"weight": np.zeros(2)}, target / "model.safetensors")
 
     monkeypatch.setattr(pipeline.adapters, "merge_adapter", merge)
     merged = run.path / "evaluation" / "student_after-merged"

@@ -102,6 +102,18 @@ def test_a_damaged_student_is_named_with_its_fix(recipe: Recipe, trained: RunDir
         path.write_bytes(whole)
 
 
+def test_a_student_without_its_weights_is_named_with_its_fix(recipe: Recipe, trained: RunDir) -> None:
+    weights, elsewhere = trained.student / "model.safetensors", trained.path / "elsewhere"
+    weights.rename(elsewhere)  # as a copy that leaves large files out
+    try:
+        for use in (train_run, export_model, subjects):
+            with pytest.raises(UsageError, match=r"student/model\.safetensors: is not there; copy it .*--again\)"):
+                use(recipe, trained)
+        assert not (trained.path / "export").exists()
+    finally:
+        elsewhere.rename(weights)
+
+
 def test_a_damaged_student_to_start_from_is_named(recipe: Recipe, trained: RunDir) -> None:
     path = trained.student / "model.safetensors"
     whole = path.read_bytes()
