@@ -186,6 +186,8 @@ READERS: Mapping[str, Callable[[Path], Iterator[Row]]] = {  # by the end of the 
 
 
 def _opened(path: Path) -> Any:
+    if path.exists() and not path.is_file():  # a pipe, as of a shell's `<(…)`
+        raise DataError(f"prompts.file {path}: no ordinary file, and rows are read several times; save them in one")
     try:
         return path.open("rb")
     except OSError as error:

@@ -5,6 +5,7 @@ import datetime
 import decimal
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -387,6 +388,17 @@ def test_a_wrong_row_is_named_with_its_place_and_the_fix(
         prompts_of(tmp_path / name, **settings)
     assert said in str(caught.value)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_pipe_is_told_what_to_do() -> None:
+    reading, writing = os.pipe()
+    try:
+        os.write(writing, b'{"prompt": "a"}\n')
+        os.close(writing)
+        with pytest.raises(DataError, match=rf"^prompts\.file /dev/fd/{reading}: no ordinary file, .* in one$"):
+            prompts_of(Path(f"/dev/fd/{reading}"))
+    finally:
+        os.close(reading)
 
 
 @pytest.mark.parametrize(
