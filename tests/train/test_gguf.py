@@ -170,6 +170,14 @@ def test_what_ended_the_converter_is_told_and_not_its_progress(
         export_gguf(*taught, "f16")
 
 
+def test_a_damaged_converter_is_named_with_its_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path))
+    wheel = tmp_path / train.publish.to_gguf.CONVERTER_WHEEL
+    wheel.touch()  # as after a power cut
+    with pytest.raises(DistillError, match=rf"^{wheel}: remove it and run again; its SHA-256 is e3b0c44298fc1c149afb"):
+        train.publish.to_gguf._converter()
+
+
 WAITING_CONVERTER = """
 import time
 with open({pipe!r}, "w") as pipe:

