@@ -46,7 +46,7 @@ DUPLICATES = "duplicates"
 LATER = {AGREES: AGREES, **dict.fromkeys(DEDUP_RULES, DUPLICATES), JUDGE: JUDGE, SELECT: SELECT}
 
 Flip = tuple[Completion, Sequence[Reason]]
-Rank = tuple[bool, int, float, float, float, str]
+Rank = tuple[bool, int, bool, float, float, float, str]
 Thresholds = list[list[ActiveRule]]  # each rule with a threshold, by STEPS
 
 
@@ -142,8 +142,9 @@ def parse_shares(option: str, text: str) -> list[int]:
 def sweep(run: RunDir, rules: RuleSet, shares: Sequence[int]) -> list[Subset]:
     """Writes the shares. Raises DataError if the run is not filtered, or at a bad line.
 
-    Fewer rules against an answer come first, then the judge's score, then the distance to the rules' thresholds.
-    Duplicates come last. An answer without text, and one that `contamination` dropped, is in no share.
+    Fewer rules against an answer come first, then the judge's score, then the distance to the rules' thresholds. What
+    only `select` left out has no rule against it, and comes after all that is kept. Duplicates come last. An answer
+    without text, and one that `contamination` dropped, is in no share.
     """
     thresholds, total, ranks, judged = stricter(rules), 0, list[Rank](), read_judgements(run)
     for row in filtered_rows(run):
@@ -167,9 +168,9 @@ def _scores(row: Kept | Dropped, judged: dict[str, Judgement]) -> dict[str, floa
 def _rank(row: Kept | Dropped, thresholds: Thresholds, score: float) -> Rank:
     """Less is better. `score` is the judge's, of a row that it dropped too; 0 if it gave none."""
     is_duplicate = isinstance(row, Dropped) and row.rule in DEDUP_RULES
-    against = len(row.detail) if isinstance(row, Dropped) else 0
+    against = sum(reason.rule != SELECT for reason in row.detail) if isinstance(row, Dropped) else 0
     nearest, mean = margin(as_answer(row), thresholds)
-    return is_duplicate, against, -score, -nearest, -mean, row.id
+    return is_duplicate, against, isinstance(row, Dropped), -score, -nearest, -mean, row.id
 
 
 def stricter(rules: RuleSet) -> Thresholds:
@@ -199,7 +200,7 @@ def _write(
             if rank < count:
                 own = _scores(row, judged)
                 kept.write(encode_line(as_kept(row, own)))
-                by_rules += isinstance(row, Dropped)
+                by_rules += isinstance(row, Dropped) and row.rule != SELECT
                 scores += [own[JUDGE]] if JUDGE in own else []
             elif isinstance(row, Dropped):
                 dropped.write(encode_line(row))

@@ -84,6 +84,20 @@ def test_the_mean_counts_what_the_judge_dropped(recipe: Path, capsys: pytest.Cap
     assert kept == {"good": {"judge": 5, "facts": 4}, "bad": {"judge": 1, "facts": 2}}
 
 
+def test_a_right_answer_that_select_left_out_comes_before_a_wrong_one(recipe: Path) -> None:
+    run = RunDir(recipe.with_name("run"))
+    run.kept.write_bytes(encode_line(Kept(**completion_fields("z-kept", "a" * 60))))
+    others = [("right", Reason(rule="select", what="first", n=0)), ("a-wrong", Reason(rule="choice", found="a"))]
+    rows = [Dropped(**completion_fields(name, "a" * 60), rule=why.rule, detail=[why]) for name, why in others]
+    run.dropped.write_bytes(b"".join(encode_line(row) for row in reversed(rows)))
+    main([str(recipe), "--run", str(run.path), "--sweep", "30,60,100"])
+    shares = {percent: RunDir(run.path / "sweep" / percent) for percent in ("30", "60", "100")}
+    found = [names(share) for share in shares.values()]
+    assert found == [{"z-kept"}, {"z-kept", "right"}, {"z-kept", "right", "a-wrong"}]
+    counts = [json.loads(share.lineage.read_text())["filters"]["sweep"] for share in shares.values()]
+    assert [count["dropped_by_rules"] for count in counts] == [0, 0, 1]
+
+
 def test_the_best_of_a_run_become_runs(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunDir(recipe.with_name("run"))
     main([str(recipe), "--run", str(run.path), "--sweep", "80,30,100"])
