@@ -26,6 +26,7 @@ from pipeline.recipe import Recipe
 from pipeline.records import Dropped, Kept, Message, Prompt, encode_line
 from pipeline.rundir import RunDir
 from pipeline.section import BudgetConfig
+from pipeline.train_config import TrainConfig
 from serve.server import free_port
 from tests.servers.misbehaving_server import Asked, Behaviour, answer, error, misbehaving
 from tests.tiny_student import kept_row, story_rows, tiny_model
@@ -171,6 +172,17 @@ def test_nothing_is_asked_twice_and_another_rule_asks_nobody(run: RunDir, tmp_pa
     more = recipe_of(tmp_path, evaluate={"probes": 6})
     evaluate_run(more, run, PATH)
     assert [what for _, what in served] == [["probes"]] * 3  # the speed stands
+
+
+@pytest.mark.parametrize(("reasoning", "passing"), [("strip", 1), ("keep", 0)])
+def test_a_student_that_learned_no_thoughts_breaks_no_rule_about_them(
+    run: RunDir, tmp_path: Path, reasoning: str, passing: float
+) -> None:
+    rules = [{"rule": "length", "min_chars": 12, "max_chars": 99}, {"rule": "length", "of": "reasoning"}]
+    recipe = recipe_of(tmp_path, filters={"rules": rules})
+    recipe = recipe.model_copy(update={"train": TrainConfig(reasoning=reasoning)})
+    report = evaluate_run(recipe, run, PATH)
+    assert figure(report, "student_after", "passing") == passing
 
 
 def test_a_cached_result_is_read_once_and_written_where_it_was_measured(
