@@ -25,6 +25,7 @@ from pipeline.errors import RecipeError, RequestsFailed, UsageError
 from pipeline.lineage import read_lineage, taught_by
 from pipeline.recipe import Recipe
 from pipeline.rundir import CHAIN_LOCK, RunDir
+from serve.command import check_tools
 from train.checks.before import check_trainable
 from train.checks.licences import licence_check, strictest, terms_of
 from train.checks.pair import teacher_check
@@ -101,7 +102,7 @@ def run_stages(recipe: Recipe, run: RunDir, options: Namespace, *, asks: bool) -
 def check_files(recipe: Recipe, run: RunDir, recipe_path: Path) -> None:
     """Raises RecipeError or DataError if a file that the filters or the evaluation read cannot be read.
 
-    UsageError, too, if the report's other models are not there.
+    UsageError, too, if the report's other models are not there, or vLLM would refuse what they are asked.
     """
     check_models(recipe)
     if recipe.filters.dedup:
@@ -109,6 +110,7 @@ def check_files(recipe: Recipe, run: RunDir, recipe_path: Path) -> None:
             dedup_sources(recipe.filters.dedup, run, recipe_path, stack)
     if recipe.evaluate.probes_file:
         read_probes(recipe)
+    check_tools(recipe, iter_prompts(recipe))
 
 
 def check_teachers(recipe: Recipe, run: RunDir, *, asks: bool) -> None:

@@ -60,6 +60,7 @@ from pipeline.recipe import Recipe
 from pipeline.records import Kept, Prompt
 from pipeline.rundir import RunDir
 from pipeline.students import AFTER, BEFORE, TEACHER
+from serve.command import check_tools
 from serve.server import Server
 
 
@@ -82,8 +83,8 @@ def evaluate_run(
     plan = make_plan(recipe, run, recipe_path, force=force and not report_only)
     _tell_models(plan)
     measure = not report_only
-    if recipe.evaluate.lm_eval and measure and speed:
-        find_command()
+    if measure and speed:
+        _check_serving(plan)
     scored = _score(plan, "perplexity", plan.rows, "test answers", measure=measure)
     served = {subject.key: _serve_one(plan, subject, measure=measure and speed) for subject in plan.models}
 
@@ -156,6 +157,13 @@ def _probe_rules(recipe: Recipe, recipe_path: Path) -> RuleSet:
     if recipe.train.reasoning == "keep":
         return found
     return RuleSet(tuple(rule for rule in found.rules if rule.reads != "reasoning"))
+
+
+def _check_serving(plan: Plan) -> None:
+    """Raises UsageError if servers would refuse what they are asked, or lm-eval's command is missing."""
+    check_tools(plan.recipe, [*plan.timing, *plan.probes.all, *plan.questions.all])
+    if plan.recipe.evaluate.lm_eval:
+        find_command()
 
 
 def _tell_models(plan: Plan) -> None:

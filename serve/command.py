@@ -19,13 +19,14 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from pipeline.errors import UsageError
 from pipeline.recipe import Recipe
+from pipeline.records import Prompt
 from pipeline.resources import GIB
 from pipeline.serve_config import ServeConfig
 from serve.machine import Machine
@@ -214,6 +215,19 @@ def serve_settings(recipe: Recipe, *, teacher: bool) -> ServeConfig:
     args, names = recipe.serve.args, DESCRIBES if recipe.train.reasoning == "keep" else (*DESCRIBES, *REASONING)
     cut = ["--max-model-len", "auto"] if "--max-model-len" in _values(args) else []
     return recipe.serve.model_copy(update={"args": [*_without(args, names), *cut]})
+
+
+def check_tools(recipe: Recipe, prompts: Iterable[Prompt]) -> None:
+    """Raises UsageError if prompts have tools, and vLLM, started with `serve.args`, would refuse each such request."""
+    choice, given = recipe.sampling.extra.get("tool_choice", "auto"), _values(recipe.serve.args)
+    needed = ["--enable-auto-tool-choice"] * (choice == "auto") + ["--tool-call-parser"] * (choice != "none")
+    lacking = [flag for flag in needed if not given.keys() & {flag, "--config"}]  # a file may hold them
+    if lacking and any(prompt.tools for prompt in prompts):
+        raise UsageError(
+            f"serve.args: vLLM refuses requests with tools, which the prompts have, without {' and '.join(lacking)}; "
+            "add what is missing, with the parser of the student's family, such as "
+            "[--enable-auto-tool-choice, --tool-call-parser, hermes] for Qwen2.5"
+        )
 
 
 def _without(arguments: Sequence[str], names: Collection[str]) -> list[str]:

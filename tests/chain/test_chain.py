@@ -217,6 +217,10 @@ def test_what_cannot_be_trained_is_told_before_anything_is_asked(
             ["--evaluate.verify", '[{"rule": "choice", "labels": ["a"]}]', "--evaluate.category", "charakter"],
             "no test prompt has a value under 'charakter'; there are ",
         ),
+        (
+            ["--student.chat_template", "chatml", "--prompts.tools", LAMP],
+            "serve.args: vLLM refuses requests with tools, which the prompts have, without --enable-auto-tool-choice",
+        ),
         (["--evaluate.lm_eval", "[ifeval]"], "there is no `lm_eval_that_is_not_there` command"),
         (["--filters.dedup.against", "[none]"], r"filters\.dedup\.against\[0\]: none/kept\.jsonl: no such file"),
     ],

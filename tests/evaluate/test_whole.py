@@ -222,6 +222,17 @@ def test_the_report_says_what_the_filters_kept_of_the_teachers_test_answers(run:
     assert any("answers to the test prompts" in note and share in note for note in found.notes)
 
 
+def test_tools_that_vllm_would_refuse_are_told_before_anything_is_measured(run: RunDir, tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path)
+    tools = [{"type": "function", "function": {"name": "lamp"}}]
+    recipe = recipe.model_copy(update={"prompts": recipe.prompts.model_copy(update={"tools": tools})})
+    with pytest.raises(UsageError, match=r"serve\.args: vLLM refuses requests with tools"):
+        evaluate_run(recipe, run, PATH)
+    assert not (run.path / "evaluation").exists()
+    evaluate_run(recipe, run, PATH, speed=False)
+    assert (run.path / "evaluation").exists()
+
+
 def test_without_servers_nothing_is_probed(run: RunDir, tmp_path: Path, served: list[Any]) -> None:
     report = evaluate_run(recipe_of(tmp_path), run, PATH, speed=False)
     assert served == [] and report.probes is None and report.differences and report.samples == []

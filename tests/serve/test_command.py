@@ -4,12 +4,15 @@ import shlex
 import sys
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from pipeline.errors import UsageError
+from pipeline.records import Message, Prompt
 from pipeline.resources import GIB
+from pipeline.sampling_config import SamplingConfig
 from pipeline.serve_config import ServeConfig
-from serve.command import Command, build_command, choose_device, merge_args, ranks, serve_settings
+from serve.command import Command, build_command, check_tools, choose_device, merge_args, ranks, serve_settings
 from serve.machine import Machine
 from serve.model_facts import ModelFacts, model_facts
 from tests.tiny_student import make_recipe
@@ -176,6 +179,33 @@ def test_other_models_do_not_get_what_describes_the_teacher(args, kept):
     assert serve_settings(recipe, teacher=False) == ServeConfig(args=kept, kv_cache_gib=2)
     assert serve_settings(recipe, teacher=True) == recipe.serve
     assert recipe.serve.args == args
+
+
+# vLLM 0.32 answers 400: `"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set`, or
+# `tool_choice="required" requires --tool-call-parser to be set`; it wants nothing for "none".
+@pytest.mark.parametrize(
+    ("args", "choice", "lacking"),
+    [
+        ([], {}, "--enable-auto-tool-choice and --tool-call-parser"),
+        (["--tool_call_parser=hermes"], {}, "--enable-auto-tool-choice"),
+        (["--enable-auto-tool-choice", "--tool-call-parser", "hermes"], {}, None),
+        ([], {"tool_choice": "required"}, "--tool-call-parser"),
+        (["--tool-call-parser", "hermes"], {"tool_choice": "required"}, None),
+        ([], {"tool_choice": "none"}, None),
+        (["--config", "vllm.yaml"], {}, None),
+    ],
+)
+def test_tools_need_a_server_that_takes_them(args, choice, lacking):
+    serve, sampling = ServeConfig(args=args), SamplingConfig(extra=choice)
+    recipe = make_recipe("student").model_copy(update={"serve": serve, "sampling": sampling})
+    bare = Prompt(id="a", messages=[Message("user", "Hi")])
+    check_tools(recipe, [bare])
+    prompts = [bare, msgspec.structs.replace(bare, tools=[{"type": "function", "function": {"name": "lamp"}}])]
+    if lacking is None:
+        check_tools(recipe, prompts)
+    else:
+        with pytest.raises(UsageError, match=f"serve.args: .* without {lacking};"):
+            check_tools(recipe, prompts)
 
 
 def test_a_student_that_learns_to_reason_keeps_the_parser():
