@@ -15,6 +15,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from filters.duplicates import DEDUP_RULES
+from filters.groups import SELECT
 from filters.judgements import JUDGE, SCORES, read_judgements
 from filters.review.session import SAMPLE_FILES, load_sample, read_reviews
 from filters.rows import filtered_rows
@@ -23,6 +25,7 @@ from pipeline.records import Dropped
 from pipeline.rundir import RunDir
 
 DRAWS = 20_000
+PASSED = ("", JUDGE, SELECT, *DEDUP_RULES)  # the answer was kept, or what follows the rules dropped it
 
 
 class Case(NamedTuple):
@@ -82,7 +85,7 @@ def agreement(recipe: Recipe, run: RunDir) -> Result | None:
     strata = {item.id: item.stratum for item in sample.items if item.id in rules}
     deciders = {"filters": {id_: not rule for id_, rule in rules.items()}}
     if judged and recipe.filters.judge:
-        deciders["rules alone"] = {id_: rule in ("", JUDGE) for id_, rule in rules.items()}
+        deciders["rules alone"] = {id_: rule in PASSED for id_, rule in rules.items()}
         least = recipe.filters.judge.min_score
         deciders["judge alone"] = {id_: score >= least for id_, score in judged.items()}
     found = []

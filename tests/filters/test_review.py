@@ -334,6 +334,21 @@ def test_agreement_is_with_what_the_filters_say_now(run: RunDir) -> None:
     assert "10 no longer in the run" in console.export_text()
 
 
+def test_the_rules_alone_pass_what_only_select_or_duplicates_left_out(run: RunDir) -> None:
+    left_out = [("select", f"s{n}") for n in range(4)] + [("near_duplicate", "d0"), ("exact_duplicate", "d1")]
+    rows = [Dropped(**fields(name, NASTY), rule=rule, detail=[Reason(rule=rule)]) for rule, name in left_out]
+    with run.dropped.open("ab") as file:
+        file.write(b"".join(map(encode_line, rows)))
+    with Session(run, size=99, seed=0) as session:
+        while item := session.current:
+            session.record("reject" if item.stratum in ("length", "judge") else "accept")
+    run.judgements.write_text('{"id": "k0", "score": 4, "version": "v", "attempts": 1}\n')
+    found = agreement(load_recipe(recipe_path(run), []), run)
+    assert found
+    recall = {row.decider: row.recall and row.recall.value for row in found.agreements}
+    assert recall == {"filters": pytest.approx(60 / 66), "rules alone": 1.0, "judge alone": 1.0}
+
+
 @contextmanager
 def serving(
     run: RunDir, *flags: str, errors: int | None = None, script: str = ""
