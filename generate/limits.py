@@ -71,11 +71,6 @@ class Limits:
         self._paused_until = 0.0
         self._told_at: float | None = None  # when headers first told a limit
 
-    @property
-    def any(self) -> bool:
-        """Whether there is anything to keep to."""
-        return bool(self._buckets)
-
     def share(self, fraction: float, now: float) -> None:
         """So much of the limits is this process's from now on."""
         for bucket in self._buckets.values():

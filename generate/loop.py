@@ -187,7 +187,6 @@ class Loop:
         budget.settle(attempt.reservation, usage, billed=billed, journaled=journaled)
         if usage and usage.prompt_tokens:
             self._tokens_per_byte += 0.02 * (usage.prompt_tokens / len(job.body) - self._tokens_per_byte)
-        if endpoint.limits.any and usage and usage.prompt_tokens is not None:
             endpoint.limits.settle(attempt.tokens, usage.prompt_tokens + (usage.completion_tokens or 0), now)
 
     async def _follow(self, attempt: Attempt, fault: Fault, now: float) -> None:

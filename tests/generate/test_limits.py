@@ -60,7 +60,7 @@ HEADERS = {
 
 def test_headers_teach_what_the_recipe_does_not_say() -> None:
     limits = Limits(None, None, 0.0)
-    assert not limits.any
+    limits.take(10**6, 0.0)
     assert limits.delay(10**6, 0.0) == 0
     assert limits.learn(HEADERS, 0.0) == "allows 600 requests per minute; allows 6,100 tokens per minute"
     assert limits.learn(HEADERS, 0.0) is None  # it is no news the second time
@@ -132,7 +132,8 @@ def test_headers_that_say_nothing_change_nothing() -> None:
     limits = Limits(None, None, 0.0)
     for said in ("", "many", "100, 100;w=60", "-1", "0", "0.001", "1e308", "inf", "nan"):
         assert limits.learn({"x-ratelimit-limit-requests": said}, 0.0) is None
-    assert not limits.any
+    limits.take(10**6, 0.0)
+    assert limits.delay(10**6, 0.0) == 0
 
 
 @pytest.mark.parametrize(
