@@ -262,8 +262,8 @@ class Loop:
         """How many requests in a row were refused as this one was, this one included; 0: it is this prompt's fault."""
         if not self._only_refused and fault.error != REFUSED_LATER:
             return 0
-        alike = all((one.error, one.status) == (fault.error, fault.status) for one, *_ in self._held_back[:1])
-        return len(self._held_back) + 1 if alike else 0
+        first = self._held_back[0][0] if self._held_back else fault
+        return len(self._held_back) + 1 if (first.error, first.status) == (fault.error, fault.status) else 0
 
     def _release(self) -> None:
         """There was something other than one kind of refusal: the refused requests were at fault themselves."""
