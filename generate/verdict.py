@@ -132,18 +132,18 @@ def decide(fault: Fault, job: Job, state: State, config: GenerateConfig) -> Verd
 
 def _again(fault: Fault, job: Job, state: State, config: GenerateConfig) -> Retry | Fail:
     """Another attempt, unless the request has had all of them, or all of its time."""
-    blameless = state.down or fault.error == "unreachable"
-    refused = fault.error == "rate_limited" or fault.status in OVERLOADED
-    blameless |= refused and state.quiet_s < QUIET_S  # others are answered: its turn will come
+    unreachable, limited = fault.error == "unreachable", fault.error == "rate_limited"
+    its_turn_comes = (limited or fault.status in OVERLOADED) and state.quiet_s < QUIET_S  # as others are answered
+    blameless = state.down or unreachable or its_turn_comes
     after_s = fault.retry_after_s
     if after_s > config.give_up_s:
-        if not state.down and fault.error != "rate_limited":
+        if not state.down and not limited:
             return Fail()
         after_s = 0.0  # it is the endpoint that waits
-    if job.attempts - blameless >= config.max_attempts or not (state.has_time or fault.error == "unreachable"):
+    if job.attempts - blameless >= config.max_attempts or not (state.has_time or unreachable):
         return Fail()
     step = job.attempts
-    if fault.error == "rate_limited":  # the endpoint's own pause grows already
+    if limited:  # the endpoint's own pause grows already
         # From the second refusal that counts, a request waits a random time more: not all come back at once.
         step = 0 if fault.retry_after_s and job.attempts == 1 else 1
     return Retry(after_s, step, counted=not blameless)
