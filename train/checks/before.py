@@ -96,8 +96,10 @@ def check_followed(recipe: Recipe) -> None:
         return
     assert student is not None
     followed_files(recipe.teacher.model)
-    reference = (config.further and config.start) or (student.tokenizer if student.built else student.model)
-    tokenizer = tokenizer_of(known_files(str(reference))) if reference else None
+    reference = student.tokenizer if student.built else student.model
+    if config.further and config.start:
+        reference = str(config.start)
+    tokenizer = tokenizer_of(known_files(reference)) if reference else None
     if tokenizer is not None and config.method != "gold":
         check_same_tokens(recipe.teacher.model, tokenizer)
 
