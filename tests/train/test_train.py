@@ -178,15 +178,6 @@ def test_a_lora_student_loads_in_peft_and_has_all_linear_layers(student: str, tm
     assert not torch.allclose(before, adapted(**ids).logits)
 
 
-def test_a_pruned_student_is_trained_from_the_teachers_layers(tmp_path: Path) -> None:
-    teacher = str(tiny_model(tmp_path / "teacher", layers=4))
-    run = make_run(tmp_path / "run", story_rows(6))
-    train_run(make_recipe("prune:2", teacher), run)
-    assert AutoModelForCausalLM.from_pretrained(run.student).config.num_hidden_layers == 2
-    assert AutoModelForCausalLM.from_pretrained(run.student_init).config.num_hidden_layers == 2
-    assert json.loads(run.lineage.read_bytes())["train"]["initialised_from"] == teacher
-
-
 def test_rows_too_long_are_refused_and_nothing_is_written(student: str, tmp_path: Path) -> None:
     rows = [*story_rows(6), kept_row(6, "Long?", "x" * 600)]
     run = make_run(tmp_path / "run", rows)
