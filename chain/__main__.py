@@ -26,6 +26,7 @@ from pipeline.lineage import read_lineage, taught_by
 from pipeline.recipe import Recipe
 from pipeline.rundir import CHAIN_LOCK, RunDir
 from serve.command import check_tools
+from serve.machine import detect
 from train.checks.before import check_trainable
 from train.checks.licences import licence_check, strictest, terms_of
 from train.checks.pair import teacher_check
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     check_teachers(recipe, run, asks=asks)
     if asks:
         check_stored(recipe, run)
-        check_trainable(recipe, run)
+        check_trainable(recipe, run, gpus=detect().gpus)
         check_files(recipe, run, options.recipe)
         if recipe.evaluate.verify:
             check_category(recipe, iter_prompts(recipe))

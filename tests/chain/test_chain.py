@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -18,6 +19,7 @@ from pipeline.errors import RecipeError, UsageError
 from pipeline.models import resolve_model
 from pipeline.records import Completion, Dropped, Kept, read_jsonl
 from pipeline.rundir import RunDir
+from serve.machine import detect
 from serve.server import free_port
 from tests.tiny_student import tiny_model
 
@@ -237,6 +239,17 @@ def test_what_a_later_stage_lacks_is_told_before_anything_is_asked(
     with pytest.raises((RecipeError, UsageError), match=word):
         main([str(recipe), "--run", str(run), "--train.accept", "[licence]", *given, "--dry-run"])
     assert not run.exists()
+
+
+def test_several_gpus_that_one_process_would_not_train_on_are_told_before_anything_is_asked(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chain.__main__.detect", lambda: replace(detect(), gpus=2))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    student = str(tiny_model(tmp_path / "student"))
+    with pytest.raises(UsageError, match=r"^2 GPUs are visible to one process; .* CUDA_VISIBLE_DEVICES=0"):
+        main([str(recipe), "--run", str(tmp_path / "run"), "--train.accept", "[licence]", "--student.model", student])
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_student_in_the_hubs_cache_needs_no_network(

@@ -31,8 +31,11 @@ def extra_needed() -> Iterator[None]:
 
 
 @extra_needed()
-def check_trainable(recipe: Recipe, run: RunDir) -> None:
-    """Raises UsageError if a training would lack its teacher, its student, its test rows, a GPU or a package."""
+def check_trainable(recipe: Recipe, run: RunDir, gpus: int = 0) -> None:
+    """Raises UsageError if a training would lack its teacher, its student, its test rows, a GPU or a package.
+
+    `gpus`: how many are visible; of several, a training in one process takes none.
+    """
     config = recipe.train
     check_start(recipe, run)
     if config.further and (config.start or config.method == "dpo"):  # otherwise a first student is trained then
@@ -41,7 +44,8 @@ def check_trainable(recipe: Recipe, run: RunDir) -> None:
         check_student(recipe)
     read_test_rows(config)
     check_followed(recipe)
-    if config.weights == "qlora" or config.padding_free or config.report_to or config.on_policy.rollouts == "vllm":
+    on_gpu = config.weights == "qlora" or config.padding_free or config.on_policy.rollouts == "vllm"
+    if on_gpu or gpus > 1 or config.report_to:
         from train.machine import check_machine  # here: torch takes time and memory
 
         check_machine(config, ALONE)
