@@ -191,8 +191,8 @@ def _send_partition(recipe: Recipe, folder: RunDir, partition: Partition, retry_
         try:
             outcome = run_loop(_send(run))
         finally:
-            for number in (STOP, END):
-                signal.signal(number, signal.SIG_IGN)  # it has ended: a stop must not cost the last counts
+            for number in (STOP, END):  # it has ended: a stop must not cost the last counts
+                signal.signal(number, lambda *_: None)  # SIG_IGN: Python prints an error for a signal just before it
             run.budget.save()
             run.show()
         if outcome and not isinstance(outcome, KeyboardInterrupt):
