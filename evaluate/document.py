@@ -213,7 +213,7 @@ class Rows(msgspec.Struct, frozen=True, kw_only=True):
     prompts: int  # different prompts among the scored
     unseen: int = 0  # the teacher's answers to unseen values that pass the rules, scored apart
     teacher_answers: int = 0  # all answers of the teacher to the test prompts, before the filters
-    teacher_kept: int = 0  # of them, those that the filters kept; 0 of 0: the run does not tell
+    teacher_kept: int = 0  # of them, those that passed; `select` may have left them out; 0 of 0: not known
 
 
 class ShownAnswer(msgspec.Struct, frozen=True):

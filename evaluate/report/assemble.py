@@ -48,6 +48,7 @@ from evaluate.figures.statistics import Figures, draw, interval, merged, quotien
 from evaluate.measure.results import Answers, Plan, Results, RowScore, SpeedResult, TaskResult
 from evaluate.models import Subject, describe_machine, kv_bytes_per_token, student_lineage
 from evaluate.report import notes
+from filters.groups import SELECT
 from filters.rows import filtered_rows
 from pipeline.adapters import measure_weights
 from pipeline.lineage import versions
@@ -127,7 +128,7 @@ def report_fingerprint(plan: Plan, results: Results) -> str:
 
 
 def _rows(plan: Plan, scores: Mapping[str, Sequence[RowScore]], unseen: Mapping[str, Sequence[RowScore]]) -> Rows:
-    """What the models were scored on, and what the filters kept of the teacher's answers to the test prompts."""
+    """What the models were scored on, and how many of the teacher's answers to the test prompts passed the filters."""
     scored, run = next(iter(scores.values()), []), plan.run
     both = run.kept.is_file() and run.dropped.is_file()
     answers = [row for row in filtered_rows(run) if plan.recipe.prompts.part_of(row) == "test"] if both else []
@@ -138,7 +139,7 @@ def _rows(plan: Plan, scores: Mapping[str, Sequence[RowScore]], unseen: Mapping[
         prompts=len({score.prompt_id for score in scored}),
         unseen=len(next(iter(unseen.values()), [])),
         teacher_answers=len(answers),
-        teacher_kept=sum(isinstance(row, Kept) for row in answers),
+        teacher_kept=sum(isinstance(row, Kept) or row.rule == SELECT for row in answers),
     )
 
 

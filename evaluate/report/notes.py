@@ -45,8 +45,8 @@ def of_rows(
             yield "The models' tokenizers differ: compare teacher and student by bits per character."
     if rows.teacher_answers:
         yield (
-            f"The filters kept {rows.teacher_kept:,} of the teacher's {rows.teacher_answers:,} answers to the test "
-            f"prompts ({rows.teacher_kept / rows.teacher_answers:.1%}). Perplexity is of the kept ones only."
+            f"Of the teacher's {rows.teacher_answers:,} answers to the test prompts {rows.teacher_kept:,} pass the "
+            f"filters ({rows.teacher_kept / rows.teacher_answers:.1%}). Perplexity is of the kept ones only."
         )
 
 

@@ -234,10 +234,10 @@ def test_a_difference_is_called_better_only_where_it_is_for_sure() -> None:
     ]
 
 
-def test_what_the_filters_kept_of_the_teachers_test_answers_is_said() -> None:
+def test_how_many_of_the_teachers_test_answers_passed_is_said() -> None:
     rows = Rows(test=9, scored=9, left_out=0, prompts=8, teacher_answers=12, teacher_kept=9)
-    assert "the filters kept 75% of the teacher’s answers to the test prompts" in render_html(make_report(rows=rows))
-    assert "the filters kept" not in render_html(make_report())
+    assert "75% of the teacher’s answers to the test prompts pass the filters" in render_html(make_report(rows=rows))
+    assert "pass the filters" not in render_html(make_report())
 
 
 def test_wins_ties_and_losses_fill_the_bar() -> None:

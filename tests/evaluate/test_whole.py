@@ -206,13 +206,14 @@ def test_a_cached_result_is_read_once_and_written_where_it_was_measured(
         assert sorted(set(read)) == sorted(path.name for path in (run.path / "evaluation").glob("*.json"))
 
 
-def test_the_report_says_what_the_filters_kept_of_the_teachers_test_answers(run: RunDir, tmp_path: Path) -> None:
-    """Of 40 answers every second one is dropped; only those to prompts of the test part count."""
+def test_the_report_says_how_many_of_the_teachers_test_answers_passed(run: RunDir, tmp_path: Path) -> None:
+    """Of 40 answers every second one passes, kept or left out by `select`; only those to test prompts count."""
     recipe = recipe_of(tmp_path)
     recipe = recipe.model_copy(update={"prompts": recipe.prompts.model_copy(update={"test": 0.5})})
     rows = [kept_row(i, f"Question {i}?", "An answer.") for i in range(40)]
     dropped = [Dropped(**completion(row), rule="length", detail=[]) for row in rows[1::2]]
-    run.kept.write_bytes(b"".join(map(encode_line, rows[::2])))
+    dropped += [Dropped(**completion(row), rule="select", detail=[]) for row in rows[20::2]]
+    run.kept.write_bytes(b"".join(map(encode_line, rows[:20:2])))
     run.dropped.write_bytes(b"".join(map(encode_line, dropped)))
     in_test = [recipe.prompts.part_of(row) == "test" for row in rows]
     assert 10 < sum(in_test) < 30
