@@ -5,6 +5,7 @@ the slots of a template's prompt are of its text. Keeps 36 bytes per prompt, and
 an answer has other values.
 """
 
+import mmap
 import os
 from array import array
 from collections.abc import Iterator
@@ -94,8 +95,10 @@ def fresh_values(run: RunDir, config: PromptsConfig) -> Iterator[FreshValues | N
 
 
 def _has_values(path: Path) -> bool:
-    with path.open("rb") as file:
-        return any(mark in line for line in file for mark in MARKS)
+    if not path.stat().st_size:
+        return False  # it cannot be mapped
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return any(data.find(mark) >= 0 for mark in MARKS)
 
 
 def _hash_of_values(prompt_id: str, one: Prompt | Completion) -> int:
