@@ -9,7 +9,7 @@ are staged beside the old ones and take their places together at the end.
 
 import sys
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -126,13 +126,15 @@ def filter_run(
         stack.callback(path.unlink, missing_ok=True)
         fresh = stack.enter_context(fresh_values(run, recipe.prompts))
         compared = rules.agrees is not None or config.select == "agreed"  # the answers to a prompt, by their results
+        later = bool(rules.agrees or dedup or config.judge or config.select != "all")  # a stage follows the rules
         work = partial(check_lines, rules=rules, dedup=dedup, fresh=fresh, results=compared)
-        with closing(machine.in_blocks(run.completions, work, slow=rules.slow)) as blocks, path.open("wb") as passed:
+        output = path.open("wb") if later else nullcontext(kept)
+        with closing(machine.in_blocks(run.completions, work, slow=rules.slow)) as blocks, output as passed:
             tally, own, samples = _gather(blocks, passed, dropped, None if skip_bad else run.completions)
         if not tally.rows:
             what = f"none of its {tally.lines} lines is a completion" if tally.lines else "the file is empty"
             raise DataError(f"{run.completions}:1: {what}; run `python -m generate {recipe_path}` first")
-        survivors = Survivors(path, samples[samples["passed"]])
+        survivors = Survivors(Path(passed.name), samples[samples["passed"]])
         votes = count_votes(samples)
         if rules.agrees:
             survivors.gone = outvoted(votes, rules.agrees)
@@ -149,7 +151,8 @@ def filter_run(
             scores = _judge_scores(survivors, run)
             survivors.gone |= find_duplicates(sketches, survivors.gone, scores, machine.search)
         survivors.gone |= not_selected(survivors.samples, survivors.alive, config.select, survivors.quality, votes)
-        _write(survivors, kept, dropped, tally)
+        if later:
+            _write(survivors, kept, dropped, tally)
         for file in (kept, dropped):
             file.flush()  # they are read again
         for pairs in preferences:
