@@ -18,7 +18,7 @@ import filters.preferences
 import filters.run
 import filters.stream
 from filters.__main__ import main
-from filters.groups import SAMPLE, count_votes, pass_at, solved
+from filters.groups import SAMPLE, Votes, count_votes, pass_at, solved
 from filters.judgements import Judgement
 from filters.reasons import describe
 from pipeline.errors import DistillError, RecipeError
@@ -239,6 +239,24 @@ def test_what_is_gone_is_not_selected_and_counts_for_no_prompt(stage: Stage) -> 
         **dict.fromkeys(("b0", "b1", "b2"), "agrees"),
     }
     assert (stage.prompts()["kept"], stage.prompts()["unsolved"]) == (1, 0)  # rules let all pass
+
+
+@pytest.mark.parametrize(
+    ("rules", "select", "counted"),
+    [([], "all", 0), ([], "shortest", 0), ([], "agreed", 3), ([{"rule": "agrees"}], "all", 3)],
+)
+def test_votes_are_counted_only_where_results_are_compared(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, rules: list[dict[str, Any]], select: str, counted: int
+) -> None:
+    asked = list[int]()
+
+    def counting(samples: Any) -> Votes:
+        asked.append(len(samples))
+        return count_votes(samples)
+
+    monkeypatch.setattr(filters.run, "count_votes", counting)
+    stage.filter(answers("a", "4", "4", "5"), *rules, select=select)
+    assert asked == [counted] and "a0" in stage.kept()
 
 
 def test_the_judge_says_which_is_best_by_the_mean_of_its_scores(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
