@@ -14,7 +14,7 @@ import msgspec
 from pipeline.errors import UsageError
 from pipeline.models import explained
 from pipeline.records import read_json
-from pipeline.rundir import replacing_folder, waiting_lock
+from pipeline.rundir import RunDir, replacing_folder, waiting_lock
 
 ADAPTER = "adapter_config.json"  # in the folder of an adapter, and in no other
 MERGED_FROM = "merged_from.json"  # in a merged folder of a run: the base and adapter that it was made of
@@ -108,13 +108,13 @@ def weight_files(folder: Path) -> list[Path]:
 def check_whole(student: Path) -> None:
     """Raises UsageError if a file of a run's student is damaged, or its weights are missing.
 
-    A student that is not there is neither.
+    A student that is not there is neither. The weights of a model that no training of ours wrote may have other names.
     """
     again = f"train this student again (python -m train RECIPE --run {student.parent} --again)"
     if torn := torn_file(student):
         size = torn.stat().st_size
         raise UsageError(f"{torn}: {size:,} bytes, empty or cut off as after a power cut; {again}")
-    if missing := missing_weights(student):
+    if RunDir(student).lineage.is_file() and (missing := missing_weights(student)):
         raise UsageError(f"{missing}: is not there; copy it here again, or {again}")
 
 

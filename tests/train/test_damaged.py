@@ -12,6 +12,7 @@ from pipeline.adapters import torn_file
 from pipeline.errors import UsageError
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
+from pipeline.students import check_trained
 from tests.tiny_student import make_recipe, make_run, story_rows, train_unsaved
 from train.preferences import start_of
 from train.publish.export import export_model
@@ -112,6 +113,17 @@ def test_a_student_without_its_weights_is_named_with_its_fix(recipe: Recipe, tra
         assert not (trained.path / "export").exists()
     finally:
         elsewhere.rename(weights)
+
+
+def test_a_model_that_no_training_wrote_may_have_weights_of_another_name(recipe: Recipe, tmp_path: Path) -> None:
+    run, model = RunDir(tmp_path / "run"), tmp_path / "run" / "student"
+    model.mkdir(parents=True)
+    for name in ("config.json", "pytorch_model.bin"):
+        (model / name).write_text("{}")
+    check_trained(recipe, run)
+    dpo = recipe.train.model_copy(update={"method": "dpo", "start": model})
+    with pytest.raises(UsageError, match=r"run/student: no student to start from; train\.method dpo follows another"):
+        start_of(recipe.model_copy(update={"train": dpo}), run)
 
 
 def test_a_damaged_student_to_start_from_is_named(recipe: Recipe, trained: RunDir) -> None:
