@@ -16,7 +16,7 @@ import msgspec
 
 from evaluate.document import Report, read_report
 from evaluate.figures.accuracy import verify_rules
-from evaluate.figures.quality import probe_answers
+from evaluate.figures.quality import probe_answers, probe_rules
 from evaluate.measure.lm_eval import find_command, measure_tasks
 from evaluate.measure.pairwise import find_judge, judge_answers, judged_fingerprint
 from evaluate.measure.perplexity import choose_rows, measure_perplexity
@@ -49,8 +49,6 @@ from evaluate.report.assemble import build_report, report_fingerprint
 from evaluate.report.checklist import check_run
 from evaluate.report.html import publish
 from filters.answer import as_answer
-from filters.ruleset import RuleSet
-from filters.run import recipe_rules
 from pipeline.adapters import is_quantised
 from pipeline.address import is_loopback, is_port_open
 from pipeline.errors import DistillError, RecipeError, RequestsFailed, UsageError
@@ -136,7 +134,7 @@ def make_plan(recipe: Recipe, run: RunDir, recipe_path: Path, *, force: bool = F
         recipe=recipe,
         folder=recipe_path.parent,
         run=run,
-        rules=_probe_rules(recipe, recipe_path),
+        rules=probe_rules(recipe, recipe_path),
         models=models,
         test_rows=len(test_rows),
         rows=rows,
@@ -149,14 +147,6 @@ def make_plan(recipe: Recipe, run: RunDir, recipe_path: Path, *, force: bool = F
         weights={subject.key: digest_subject(subject) for subject in models},
         force=force,
     )
-
-
-def _probe_rules(recipe: Recipe, recipe_path: Path) -> RuleSet:
-    """The filters' rules, without those about thoughts if the student did not learn to think."""
-    found = recipe_rules(recipe, recipe_path)
-    if recipe.train.reasoning == "keep":
-        return found
-    return RuleSet(tuple(rule for rule in found.rules if rule.reads != "reasoning"))
 
 
 def _check_serving(plan: Plan) -> None:

@@ -23,6 +23,7 @@ from evaluate.figures.quality import (
     measure_quality,
     perplexity_figures,
     probe_answers,
+    probe_rules,
 )
 from evaluate.figures.statistics import Figure, Figures, merged
 from evaluate.measure.probes import choose_probes, choose_questions
@@ -30,7 +31,6 @@ from evaluate.measure.results import FOLDER, JudgeResult, PerplexityResult, Prob
 from evaluate.report.charts import dot_panel
 from evaluate.report.html import draw_svg
 from experiments.arms import EXPERIMENTS, Arm, Design, Setup
-from filters.run import recipe_rules
 from pipeline.errors import DataError
 from pipeline.lineage import spent_on_answers
 from pipeline.rundir import write_file
@@ -174,7 +174,7 @@ def _probe_figures(setup: Setup, arms: Sequence[Arm]) -> Figures:
     prompts = choose_probes(setup.recipe, arms[0].run, read_test(arms[0].run))
     judged = _cached(arms, "judged", JudgeResult)
     scores = {name: result.scores.get(AFTER, {}) for name, result in judged.items()}
-    rules, answers = recipe_rules(setup.recipe, setup.path), probe_answers(prompts, probed)
+    rules, answers = probe_rules(setup.recipe, setup.path), probe_answers(prompts, probed)
     return measure_quality(setup.recipe, rules, prompts, answers, scores).figures.get("all", {})
 
 

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
@@ -27,6 +28,7 @@ from filters.reasons import describe
 from filters.repetition import RepetitionSettings, repetition
 from filters.rules import AdherenceSettings, adherence
 from filters.ruleset import RuleSet
+from filters.run import recipe_rules
 from filters.scripts import character_class
 from pipeline.prompts_config import PromptsConfig
 from pipeline.recipe import Recipe
@@ -47,6 +49,14 @@ def common_rows(scored: Mapping[str, PerplexityResult]) -> dict[str, list[RowSco
     ids = [{score.id for score in result.scores} for result in scored.values()]
     shared = set.intersection(*ids) if ids else set()
     return {key: [s for s in result.scores if s.id in shared] for key, result in scored.items() if shared}
+
+
+def probe_rules(recipe: Recipe, recipe_path: Path) -> RuleSet:
+    """The filters' rules, without those about thoughts if the student did not learn to think."""
+    found = recipe_rules(recipe, recipe_path)
+    if recipe.train.reasoning == "keep":
+        return found
+    return RuleSet(tuple(rule for rule in found.rules if rule.reads != "reasoning"))
 
 
 def groups_of(rows: Iterable[Prompt | Kept], config: PromptsConfig) -> dict[str, Hashable]:
