@@ -158,7 +158,8 @@ def _pool(setup: Setup, base: RunDir, test: Sequence[Kept]) -> RunDir:
             repeats = any(why.of in ids for why in reasons if why.rule in DEDUP_RULES)
             if not repeats and part_of(row) != "test" and question_text(row.messages) not in questions:
                 (dropped if isinstance(row, Dropped) else kept).write(encode_line(row))
-    for path in (base.lineage, base.recipe):
+    for path in (base.lineage, base.recipe, base.judgements):
+        (pool.path / path.name).unlink(missing_ok=True)
         if path.exists():
             shutil.copyfile(path, pool.path / path.name)
     pool.completions.unlink(missing_ok=True)

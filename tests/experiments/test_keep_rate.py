@@ -8,10 +8,12 @@ import pytest
 import yaml
 
 from experiments.arms import EXPERIMENTS, Setup
+from filters.judgements import Judgement
+from filters.rows import as_dropped, as_kept
 from pipeline.lineage import record_lineage
 from pipeline.recipe import load_recipe
-from pipeline.records import Completion, Message, encode_line
-from pipeline.rundir import RunDir
+from pipeline.records import Completion, Dropped, Kept, Message, Reason, encode_line, read_jsonl
+from pipeline.rundir import RunDir, write_jsonl
 from tests.completion_fields import completion_fields
 from tests.tiny_student import tiny_model
 from train.run import rows_to_train, train_run
@@ -61,6 +63,21 @@ def test_a_share_has_what_the_teacher_said_of_its_answers(run: RunDir, setup: Se
     run.logprobs.write_text("what the teacher said")
     arms = EXPERIMENTS["keep-rate"].prepare(setup).arms
     assert [arm.run.logprobs.read_text() for arm in arms] == ["what the teacher said"] * 2
+
+
+def test_of_what_the_judge_dropped_the_better_scored_comes_first(run: RunDir, setup: Setup) -> None:
+    rows = list(read_jsonl(run.completions, Completion))
+    judged = {row.id: 1 if number < 6 else 2 for number, row in enumerate(rows[SHORT:])}
+    dropped = [as_dropped(row, Reason(rule="judge", value=judged[row.id], at_least=3)) for row in rows[SHORT:]]
+    verdicts = [Judgement(id=id_, score=score, version="v", attempts=1) for id_, score in judged.items()]
+    write_jsonl(run.kept, [as_kept(row, {"judge": 5}) for row in rows[:SHORT]])
+    write_jsonl(run.dropped, dropped)
+    write_jsonl(run.judgements, verdicts)
+    share = EXPERIMENTS["keep-rate"].prepare(setup).arms[1].run
+    left_out = {row.id for row in read_jsonl(share.dropped, Dropped)}
+    assert {judged[id_] for id_ in left_out} == {1}
+    scores = {row.id: row.scores for row in read_jsonl(share.kept, Kept)}
+    assert scores["r31"] == {"judge": 2}
 
 
 def test_rows_that_are_too_long_count_for_no_step(recipe: Path, setup: Setup) -> None:
