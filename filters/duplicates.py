@@ -119,14 +119,29 @@ def find_duplicates(
     found: dict[int, Reason] = {}
     alone = {"answer": not config.exact, "prompt": config.prompts is None}  # whether only evaluations are looked at
     searches = [search(sketches, what, alive, evaluated if alone[what] else len(rows)) for what in thresholds(config)]
-    for row in order[alive[order]].tolist():
-        matches = [match for one in searches if row >= own and (match := one.match(row))]
-        if matches:
-            match = next((match for match in matches if match.of < evaluated), matches[0])
+
+    def add(row: int) -> None:
+        for one in searches:
+            one.add(row)
+
+    def drop(row: int) -> bool:
+        """Whether a row is like one that stays."""
+        match = next((match for one in searches if (match := one.match(row))), None)
+        if match:
             found[row - own] = _reason(match, evaluated, sketches)
-        else:
-            for one in searches:
-                one.add(row)
+        return match is not None
+
+    places = order[alive[order]]
+    ours: list[int] = places[places >= own].tolist()
+    for row in places[places < evaluated].tolist():
+        add(row)
+    if evaluated:  # before any other row is there: what is like both is contaminated
+        ours = [row for row in ours if not drop(row)]
+    for row in places[(places >= evaluated) & (places < own)].tolist():
+        add(row)
+    for row in ours:
+        if not drop(row):
+            add(row)
     return found
 
 

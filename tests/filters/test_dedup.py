@@ -356,6 +356,23 @@ def test_nothing_that_an_evaluation_asks_or_expects_is_kept(stage: Stage, tmp_pa
     assert describe(reasons["i"]) == f"the same prompt as 7 in {prompts}"
 
 
+def test_what_is_like_a_test_row_and_more_like_another_row_is_contaminated(stage: Stage, tmp_path: Path) -> None:
+    """The other row stays, as it is less like the test row."""
+    both = "lamp river stone cloud paper green violet bridge winter candle silver yonder"
+    test, other = both.replace("silver", "zebra"), f"x{both}xx"
+    assert similarity(test, other) < 0.81 < similarity(both, test) < similarity(both, other)
+    evaluated = tmp_path / "evaluated.jsonl"
+    evaluated.write_text(json.dumps({"id": "t", "prompt": "test", "text": test}))
+    contaminated = like("contamination", "t", similarity(both, test), source=str(evaluated))
+    stage.filter([completion("a", other), completion("b", both)], near=0.81, contamination=[str(evaluated)])
+    assert (stage.kept(), stage.dropped()) == (["a"], {"b": contaminated})
+    main([str(stage.recipe), "--run", str(stage.run.path), "--sweep", "100"])
+    assert [row.id for row in read_jsonl(stage.run.path / "sweep" / "100" / "kept.jsonl", Kept)] == ["a"]
+    settings = {"near": 0.81, "contamination": [str(evaluated)], "against": [str(stage.run.path)]}
+    stage.filter([completion("b", both)], run="later", **settings)
+    assert stage.dropped() == {"b": contaminated}
+
+
 def test_answers_to_prompts_that_are_alike(stage: Stage) -> None:
     prompt = "3~5세 어린이용 한국어 동화 한 편을 써 주세요. 등장: 토끼 토토. 키워드: 당근, 비. 장소: 숲속. 200~400자."
     near = prompt.replace("숲속", "바닷가")
