@@ -16,7 +16,9 @@ from msgspec.structs import replace
 from pydantic import ConfigDict, Field, ValidationError
 
 from filters.answer import UNVERIFIED, Answer, Checked, RuleSettings, TextSettings, Verified
-from filters.groups import AGREES, AgreesSettings
+from filters.duplicates import DEDUP_RULES
+from filters.groups import AGREES, SELECT, AgreesSettings
+from filters.judgements import JUDGE
 from filters.rules import RULES, Rule
 from pipeline.errors import DistillError, RecipeError
 from pipeline.filters_config import FiltersConfig, RuleConfig
@@ -32,6 +34,8 @@ _decode = msgspec.json.Decoder(Verified).decode
 
 PASSED = Verified()
 FUNCTION = "function"  # the rule that is a user's own function
+# What else drops answers, and what reviews call those that none does: no function may have such a name.
+TAKEN = (AGREES, UNVERIFIED, JUDGE, *DEDUP_RULES, SELECT, "kept")
 CHANGEABLE = ("slots", "reference", "columns", "tools", "tool_calls")  # it gets copies: other rules read them
 
 
@@ -158,6 +162,9 @@ def _load_rule(rule: RuleConfig, where: str, recipe_path: Path) -> tuple[Rule, R
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(problem, where, rule.rule, model) for problem in error.errors())) from None
     if isinstance(settings, FunctionSettings):
+        if settings.name in TAKEN:
+            fix = "give the function another name"
+            raise RecipeError(f"{where}.name: the filters use the name `{settings.name}` themselves; {fix}")
         return Rule(_user_function(settings, where, recipe_path.parent), FunctionSettings), settings
     return RULES[rule.rule], settings
 

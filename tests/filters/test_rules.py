@@ -348,6 +348,8 @@ def test_reasoning_can_be_required() -> None:
         ({"rule": "meta_talk", "patterns": ["("]}, "is not a regular expression"),
         ({"rule": "adherence", "slots": ["hero"]}, "the prompts have no slot `hero`; there are character"),
         ({"rule": "function", "file": "nowhere.py", "name": "f"}, "nowhere.py: no such file"),
+        ({"rule": "function", "file": "a.py", "name": "select"}, ".name: the filters use the name `select` themselves"),
+        ({"rule": "function", "file": "a.py", "name": "judge"}, ".name: the filters use the name `judge` themselves"),
         ({"rule": "matches", "form": "json"}, "no such setting, got 'json'; there are field, pattern, seconds, as"),
         ({"rule": "sql", "database": "nowhere.db"}, "nowhere.db: no such file"),
         ({"rule": "choice"}, "names neither labels nor `reference: true`"),
