@@ -95,7 +95,7 @@ def dry_run(recipe: Recipe, run: RunDir, rules: RuleSet) -> DryRun:
                 result.add(row, row.detail, kept=True)
     if run.completions.exists():  # a share of --sweep has none
         with run.completions.open("rb") as file:
-            lines = sum(not line.isspace() for line in file)
+            lines = sum(line.endswith(b"\n") and not line.isspace() for line in file)  # a torn one is no answer
         result.new_rows = max(0, lines - result.rows - read_lineage(run).get("filters", {}).get("bad_lines", 0))
     return result
 
