@@ -159,15 +159,17 @@ def filter_run(
             good, wrong = survivors.samples[survivors.alive], samples[samples["wrong"]]
             sides = (Path(kept.name), good), (Path(dropped.name), wrong)
             write_preferences(pairs, config.preferences, *sides, recipe.prompts)
-        report = make_report(tally, _labels(rules, config, dedup), _prompts(samples, survivors, Path(dropped.name)))
+        labels = _labels(rules, config, dedup, tally)
+        report = make_report(tally, labels, _prompts(samples, survivors, Path(dropped.name)))
         report_file.write(encode_json(report))
         lineage_file.write(encode_lineage(with_section(run, "filters", _lineage(report, rules, config))))
     return report
 
 
-def _labels(rules: RuleSet, config: FiltersConfig, dedup: DedupConfig | None) -> list[dict[str, Any]]:
+def _labels(rules: RuleSet, config: FiltersConfig, dedup: DedupConfig | None, tally: Tally) -> list[dict[str, Any]]:
     """All that a reason may be under, each with its settings."""
-    unverified = [{"rule": UNVERIFIED}] if rules.verifies else []
+    said = any(UNVERIFIED in labels for labels in tally.outcomes)  # a function of the user's may say so, too
+    unverified = [{"rule": UNVERIFIED}] if rules.verifies or said else []
     last = [] if config.select == "all" else [{"rule": SELECT, "select": config.select}]
     return [*rules.described(), *unverified, *judge_rules(config.judge), *dedup_rules(dedup), *last]
 

@@ -109,6 +109,21 @@ def test_scores_of_a_rule_are_kept_and_a_wrong_return_is_named(stage: Stage) -> 
             stage.filter(answers("a", "4"), RIGHT)
 
 
+def test_the_report_counts_what_a_function_could_not_check(stage: Stage) -> None:
+    code = """
+from filters.answer import Verified
+from pipeline.records import Reason
+def right(answer):
+    return Verified(Reason(rule="unverified", note="no reference")) if "5" in answer.text else None
+"""
+    stage.recipe.with_name("mine.py").write_text(code)
+    stage.filter(answers("a", "4", "5", "it is 5"), RIGHT)
+    rules = json.loads(stage.run.filter_report.read_bytes())["rules"]
+    assert {rule["rule"]: rule["dropped"] for rule in rules} == {"right": 0, "unverified": 2}
+    stage.filter(answers("a", "4"), RIGHT)
+    assert [rule["rule"] for rule in json.loads(stage.run.filter_report.read_bytes())["rules"]] == ["right"]
+
+
 def test_the_answer_that_most_agree_on_is_kept(stage: Stage) -> None:
     rows = [
         *answers("most", "It is 4", "five", "it  is 4", "FIVE", "it is 4"),
