@@ -134,7 +134,9 @@ class PromptsConfig(Section):
         """Where a prompt stands among all, in [0, 1): with its group, or as it began if `user` has continued it."""
         if (group := self.group_of(row)) is not None:
             return position(f"group\0{as_text(group)}", self.seed)
-        return position(question_text(row.messages[: -2 * self.user.turns] if self.user else row.messages), self.seed)
+        began = row.messages[: -2 * self.user.turns] if self.user else row.messages
+        continued = any(message.role == "user" for message in began)  # not so: a probe, or a row that people wrote
+        return position(question_text(began if continued else row.messages), self.seed)
 
     def category_of(self, prompt: Prompt, name: str) -> Any:
         """A prompt's reference if it is called so, else the value of its column or slot; None if there is none."""

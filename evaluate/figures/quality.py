@@ -32,7 +32,7 @@ from filters.run import recipe_rules
 from filters.scripts import character_class
 from pipeline.prompts_config import PromptsConfig
 from pipeline.recipe import Recipe
-from pipeline.records import Kept, Prompt, as_text
+from pipeline.records import Kept, Prompt
 from pipeline.students import AFTER, BEFORE, TEACHER
 
 # Over fewer prompts no difference is named. Of pairs of equal models 7% seem to differ over 20 prompts, 10% over 10 and
@@ -60,12 +60,11 @@ def probe_rules(recipe: Recipe, recipe_path: Path) -> RuleSet:
 
 
 def groups_of(rows: Iterable[Prompt | Kept], config: PromptsConfig) -> dict[str, Hashable]:
-    """What each prompt belongs to, by its id: its group, or else itself. Of rows, the prompts that they answer."""
-    found = dict[str, Hashable]()
-    for row in rows:
-        id_, group = row.id if isinstance(row, Prompt) else row.prompt_id, config.group_of(row)
-        found[id_] = id_ if group is None else ("group", as_text(group))
-    return found
+    """What each prompt belongs to, by its id: its group, or else its question. Of rows, the prompts that they answer.
+
+    Conversations that `prompts.user` has made of one question belong together.
+    """
+    return {row.id if isinstance(row, Prompt) else row.prompt_id: config.position_of(row) for row in rows}
 
 
 def perplexity_figures(

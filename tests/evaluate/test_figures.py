@@ -23,18 +23,20 @@ from evaluate.figures.quality import (
     groups_of,
     measure_quality,
     named_slots,
+    perplexity_figures,
     probe_answers,
     split_words,
 )
 from evaluate.figures.statistics import Figure, Figures, distinct, draw, ratio
 from evaluate.measure.probes import ProbePrompts
-from evaluate.measure.results import ProbeResult, answer_row
+from evaluate.measure.results import ProbeResult, RowScore, answer_row
 from evaluate.models import kv_bytes_per_token
 from filters.ruleset import RuleSet, load_rules
 from pipeline.prompts_config import PromptsConfig
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, Message, Prompt, Reason
 from pipeline.serve_config import ServeConfig
+from pipeline.user_config import UserConfig
 from tests.completion_fields import completion_fields
 
 RULES = [{"rule": "length", "min_chars": 10, "max_chars": 100}]
@@ -412,3 +414,21 @@ def test_a_share_of_groups_that_are_all_alike_has_an_interval(
     own = groups_of(prompts, PromptsConfig(file=Path("x.jsonl"), group="of"))
     share = VerifiedAnswers({}, {"teacher": reasons}, {"verified": prompts}, own).shares(prompts)["teacher"].estimate()
     assert (share.low, share.high) == pytest.approx(interval, abs=1e-4)  # Wilson's of as many as there are groups
+
+
+def test_conversations_that_began_with_one_question_are_one_group() -> None:
+    """Two samples of each of 20 questions: twenty pieces of evidence. A probe is one of its own."""
+    config = PromptsConfig(file=Path("x.jsonl"), user=UserConfig(turns=1))
+    talks = [
+        Prompt(
+            id=f"p{n}.{sample}",
+            messages=[Message("user", f"Q{n}"), Message("assistant", "A."), Message("user", f"And {sample}?")],
+        )
+        for n in range(20)
+        for sample in range(2)
+    ]
+    probes = [Prompt(id=f"new {n}", messages=[Message("user", f"Probe {n}")]) for n in range(3)]
+    groups = groups_of([*talks, *probes], config)
+    scores = [RowScore(talk.id, talk.id, 3.0, 3, 9) for talk in talks]
+    figures = perplexity_figures({"teacher": scores}, groups)["teacher"]
+    assert (figures["perplexity"].prompts, len(set(groups.values()))) == (20, 23)

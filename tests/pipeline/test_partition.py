@@ -11,6 +11,7 @@ from pipeline.errors import RecipeError
 from pipeline.prompts_config import PromptsConfig
 from pipeline.recipe import load_recipe
 from pipeline.records import Json, Message, Prompt, Slots
+from pipeline.user_config import UserConfig
 
 PROMPTS = PromptsConfig(template="x", count=1, validation=0.05, test=0.1)
 GROUPED = PromptsConfig(file=Path("x.jsonl"), group="function", validation=0.3, test=0.3)
@@ -104,3 +105,11 @@ def test_shares_that_leave_nothing_to_train_on_are_refused(tmp_path: Path) -> No
     path.write_text("{name: x, teacher: {model: t}, prompts: {template: Hi, count: 1, validation: 0.5, test: 0.5}}")
     with pytest.raises(RecipeError, match=r"prompts validation 0\.5 and test 0\.5 leave no prompt to train on"):
         load_recipe(path)
+
+
+def test_a_question_that_no_second_model_continued_is_parted_by_its_own_words() -> None:
+    """As rows that people wrote are, and probes; a conversation stays with the question that it began with."""
+    talks = PromptsConfig(file=Path("x.jsonl"), user=UserConfig(turns=1))
+    turns = [Message("user", "Hi"), Message("assistant", "Hello."), Message("user", "And now?")]
+    assert talks.position_of(asked("Hi")) == talks.position_of(Prompt(id="p", messages=turns)) == at(asked("Hi"))
+    assert talks.position_of(asked("Hi", system="s")) == at(asked("Hi", system="s")) != talks.position_of(asked("Bye"))
