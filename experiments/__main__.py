@@ -12,14 +12,22 @@ from pathlib import Path
 from rich.console import Console
 from rich.markdown import Markdown
 
+from evaluate.figures.accuracy import verify_rules
+from evaluate.measure.lm_eval import find_command
+from evaluate.measure.probes import choose_probes, choose_questions, read_probes
 from evaluate.measure.results import ASKED_TEACHER, COMPARED, FOLDER, SCORED
+from evaluate.measure.serving import speed_prompts
+from evaluate.models import check_models
 from evaluate.run import say
-from experiments.arms import EXPERIMENTS, Arm, Setup
+from experiments.arms import EXPERIMENTS, Arm, Design, Setup
 from experiments.results import as_markdown, compare, write_results
+from filters.run import recipe_rules
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import RecipeError, RequestsFailed, UsageError
+from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
 from pipeline.students import BEFORE, TEACHER
+from serve.command import check_tools
 
 SHARED = (TEACHER, BEFORE)  # models that are measured once for all arms
 
@@ -46,6 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     for option, wanted in experiment.needs.items():
         if getattr(options, option) is None:
             raise UsageError(f"{options.kind} needs {wanted}")
+    check_settings(recipe, options.recipe, served=not options.no_speed)
     folder = run.path / "experiments" / options.kind
     no_speed = ["--no-speed"] if options.no_speed else []
     setup = Setup(recipe, options.recipe, options.flags, run, folder, options, options.recipe.read_bytes())
@@ -53,6 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     say(f"{options.kind}: {experiment.question}")
     with RunDir(folder).locked(new=True):
         design = experiment.prepare(setup)
+        check_asked(setup, design, served=not options.no_speed)
         failed = False
         for number, arm in enumerate(design.arms, start=1):
             say(f"\n── {number}/{len(design.arms)} {arm.name}")
@@ -67,6 +77,27 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\n{folder / 'results.md'}", flush=True)
     if failed:
         raise RequestsFailed("some requests of the evaluations failed for good; the same command makes them again")
+
+
+def check_settings(recipe: Recipe, path: Path, *, served: bool) -> None:
+    """Raises what the filters and the evaluations would raise of the recipe, before anything is paid for."""
+    recipe_rules(recipe, path)
+    verify_rules(recipe, path)
+    check_models(recipe)
+    if recipe.evaluate.probes_file:
+        read_probes(recipe)
+    if recipe.evaluate.lm_eval and served:
+        find_command()
+
+
+def check_asked(setup: Setup, design: Design, *, served: bool) -> None:
+    """Raises what the evaluations would raise of the prompts that they ask, before the first arm is trained."""
+    test = [row for rows in design.sources.values() for row in rows]
+    for arm in design.arms:
+        recipe = setup.recipe_of(arm)
+        asked = [*choose_probes(recipe, arm.run, test).all, *choose_questions(recipe, arm.run).all]
+        if served:
+            check_tools(recipe, [*speed_prompts(recipe, arm.run, test), *asked])
 
 
 def share_measurements(setup: Setup, arm: Arm, arms: list[Arm]) -> None:

@@ -42,6 +42,8 @@ from train.run import train_run
 PROMPTS = 24
 SHORT = 6  # of them have answers that the rules drop
 USD = {"other": 3.0}
+TOOLS = '[{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]'
+LENGTH = '[{"rule": "length"}]'
 
 
 @pytest.fixture
@@ -435,6 +437,9 @@ def test_what_no_arm_could_do_is_said_before_anything_is_paid(recipe: Path, stag
         ("keep-rate", ["--train.method", "dpo"], "keep-rate: train.method dpo learns from pairs"),
         ("keep-rate", ["--shares", "30;50"], "--shares wants percents from 1 to 100"),
         ("teachers", ["--teacher.model", "m", "--b-model", "m"], "--b-model m: this is the recipe's own teacher"),
+        ("seeds", ["--evaluate.models", f'["{tmp_path}/none"]'], "none: the folder is not there"),
+        ("seeds", ["--evaluate.verify", '[{"rule": "sql"}]'], r"evaluate\.verify\[0\]"),
+        ("seeds", ["--evaluate.probes_file", str(tmp_path / "none.jsonl")], r"evaluate\.probes_file"),
     ):
         with pytest.raises((RecipeError, UsageError), match=message):
             experiment(name, recipe, empty, *flags)
@@ -443,6 +448,26 @@ def test_what_no_arm_could_do_is_said_before_anything_is_paid(recipe: Path, stag
         pytest.raises(UsageError, match="experiments/seeds: another call in this process"),
     ):
         experiment("seeds", recipe, empty)
+    assert not stages
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--evaluate.lm_eval", '["ifeval"]'], "there is no `lm_eval` command"),
+        (["--prompts.tools", TOOLS], "vLLM refuses requests with tools.*without --enable-auto-tool-choice"),
+        (["--evaluate.verify", LENGTH, "--evaluate.category", "kind"], "no test prompt has a value under 'kind'"),
+    ],
+)
+def test_what_no_evaluation_could_do_is_said_before_an_arm_is_trained(
+    flags: list[str], message: str, recipe: Path, run: RunDir, stages: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    if "--prompts.tools" in flags:
+        answer(run, load_recipe(recipe, flags))
+        filters.__main__.main([str(recipe), "--run", str(run.path)])
+    with pytest.raises((DataError, UsageError), match=message):
+        main(["seeds", str(recipe), "--run", str(run.path), *flags])
     assert not stages
 
 
