@@ -29,8 +29,6 @@ from pipeline.rundir import RunDir
 from pipeline.students import BEFORE, TEACHER
 from serve.command import check_tools
 
-SHARED = (TEACHER, BEFORE)  # models that are measured once for all arms
-
 
 def main(argv: list[str] | None = None) -> None:
     parser = stage_parser("experiments", "Compares trainings on one run: its table and its plot.", kinds=EXPERIMENTS)
@@ -103,12 +101,16 @@ def check_asked(setup: Setup, design: Design, *, served: bool) -> None:
 def share_measurements(setup: Setup, arm: Arm, arms: list[Arm]) -> None:
     """Copies what other arms measured of the models that all share, where it is newer than what is here.
 
-    Each file says what it was measured on. An arm of another teacher keeps its own.
+    Each file says what it was measured on. An arm of another teacher keeps its own, and the student that was made of
+    it. So does each arm where training makes a new student: its first weights depend on the seed.
     """
-    target, teacher = arm.run.path / FOLDER, setup.recipe_of(arm).teacher
+    target, teacher, student = arm.run.path / FOLDER, setup.recipe_of(arm).teacher, setup.recipe.student
+    assert student is not None
     target.mkdir(exist_ok=True)
     for other in arms:
-        for key in SHARED if setup.recipe_of(other).teacher == teacher else (BEFORE,):
+        same = setup.recipe_of(other).teacher == teacher
+        keys = [TEACHER] * same + [BEFORE] * (not (student.new if same else student.made))
+        for key in keys:
             for path in (other.run.path / FOLDER).glob(f"*-{key}.json"):
                 own = target / path.name
                 if not own.exists() or own.stat().st_mtime_ns < path.stat().st_mtime_ns:

@@ -160,9 +160,20 @@ def test_a_stage_waits_for_one_that_was_started_by_hand(tmp_path: Path, capfd: p
     assert run.kept.is_file()
 
 
-def test_arms_share_the_newest_measurements_but_not_another_teachers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("student", "before"),
+    [
+        ("s", ["one", "one", "one"]),
+        ("prune:2", ["one", "one", "other"]),  # of each teacher
+        ("new:1m", ["one", "two", "other"]),  # of each seed
+    ],
+)
+def test_arms_share_the_newest_measurements_but_not_those_of_other_weights(
+    student: str, before: list[str], tmp_path: Path
+) -> None:
     path = tmp_path / "recipe.yaml"
-    path.write_text(json.dumps({"name": "x", "teacher": {"model": "t"}, "prompts": {"template": "Hi", "count": 1}}))
+    sections = {"teacher": {"model": "t"}, "student": {"model": student}, "prompts": {"template": "Hi", "count": 1}}
+    path.write_text(json.dumps({"name": "x", **sections, "train": {"method": "full"}}))
     setup = Setup(load_recipe(path), path, [], RunDir(tmp_path), tmp_path, Namespace(), path.read_bytes())
     flags: dict[str, list[str]] = {"one": [], "two": ["--train.seed", "2"], "other": ["--teacher.model", "o"]}
     arms = [Arm(name, RunDir(tmp_path / name), own) for name, own in flags.items()]
@@ -181,4 +192,5 @@ def test_arms_share_the_newest_measurements_but_not_another_teachers(tmp_path: P
         ]
         for arm in arms
     }
-    assert found == {"one": ["one"] * 3, "two": ["one", "one", "two"], "other": ["other", "one", "other"]}
+    teachers, students = ["one", "one", "other"], ["one", "two", "other"]
+    assert found == {name: list(own) for name, *own in zip(flags, teachers, before, students, strict=True)}
