@@ -167,7 +167,7 @@ def _opened(
                     part = recipe.prompts.part_of(request)
                     file.write(encode_line(Prompt(id=request.prompt_id, **asked_fields(request), part=part)))
         folder.save_recipe(whole)
-        for message in _findings(run):
+        for message in _findings(run, whole):
             run.say(message)
         counters.started = monotonic()
         if counters.left:
@@ -234,13 +234,15 @@ def _batches(run: Run) -> "Batches":
     return Batches(run)
 
 
-def _findings(run: Run) -> Iterator[str]:
-    """What the user should know before the first request goes out."""
+def _findings(run: Run, whole: Recipe) -> Iterator[str]:
+    """What the user should know before the first request goes out. `whole` is the recipe as the user has it."""
     counters = run.counters
+    by_a_stage = run.dir.internal and whole.prompts.user is None  # as of an evaluation, which repeats its questions
     for journal in (run.completions, run.failures):
         if journal.found.torn_bytes:
             yield f"{journal.path}: cut off a torn last line ({journal.found.torn_bytes} bytes)"
-    yield from prompt_warnings(run.recipe.prompts, counters)
+    if not by_a_stage and run.recipe.prompts.file == whole.prompts.file:  # the user's own, not a later turn's
+        yield from prompt_warnings(run.recipe.prompts, counters)
     strangers = len(run.completions.found.ids) - counters.resumed
     if strangers and not run.dir.internal:
         yield (

@@ -156,6 +156,16 @@ def test_one_server_gives_speed_and_probes(tmp_path: Path, recipe: Recipe, start
     ]
 
 
+def test_questions_that_a_timing_repeats_are_no_fault_of_the_users(
+    tmp_path: Path, recipe: Recipe, started: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Seven requests over three prompts."""
+    with misbehaving(streamed) as server:
+        started(server)
+        measure(recipe, RunDir(tmp_path))
+    assert "differ" not in capsys.readouterr().err
+
+
 def test_what_a_student_thinks_is_no_part_of_its_answer(
     tmp_path: Path, recipe: Recipe, started: Callable[..., list[str]]
 ) -> None:

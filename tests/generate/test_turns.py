@@ -70,6 +70,16 @@ def test_the_last_record_holds_the_whole_conversation(run: RunDir) -> None:
     assert [turn["content"] for turn in asked["messages"][:2]] == ["You are in a hurry.", OPENING]
 
 
+def test_repeats_are_told_of_the_prompts_and_not_again_of_what_comes_of_them(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = {"count": 3, "template": "{a}", "slots": {"a": ["x", "y"]}}
+    with misbehaving(reply_of("teacher")) as teacher, misbehaving(reply_of("user")) as user:
+        generate(talk(teacher, user, prompts=prompts), run, quiet=True)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "3 prompts asked for, but only 2 differ" in said and said.count("differ") == 1
+
+
 def test_roles_are_swapped_and_what_the_user_cannot_see_is_left_out() -> None:
     call = {"id": "a", "type": "function", "function": {"name": "now", "arguments": "{}"}}
     seen = as_the_user_sees(
