@@ -3,8 +3,9 @@
 Pure arithmetic. Each part is a ratio, and holds only if its whole interval is at least what is promised. A figure over
 fewer than 60 prompts (or groups of them) shows no quality: the bootstrap's interval of a share near 1 is too narrow
 there. With 29 of 30 right it begins at 90%, which 18% of the students that are right in just 90% reach; from 60 prompts
-on, 3 to 7% of them are told yes. Over fewer than PROMPTS_TO_DIFFER no quality is missed either. Source of the promise:
-docs/evaluation.md.
+on, 3 to 7% of them are told yes. Nor does a share show any where the teacher's own is of fewer than 30 prompts, which
+the ratio is over: of 60 prompts with 18 right answers of the teacher it was 17%, with 9 it was 40%. Over fewer than
+PROMPTS_TO_DIFFER no quality is missed either. Source of the promise: docs/evaluation.md.
 """
 
 import math
@@ -21,6 +22,8 @@ from pipeline.students import AFTER, TEACHER
 QUALITY = 0.9  # of the teacher's: the lower end of 90-95%
 TIMES = 3.0  # smaller, faster, and less memory
 ENOUGH = 60  # prompts
+ENOUGH_RIGHT = 30  # of them that the teacher has right, or that pass the rules
+SHARES = ("accuracy", "passing")
 AXES = ("quality", "speed", "memory")
 LEAST_SCORE = 1  # a judge's: what an answer without any worth gets
 
@@ -82,7 +85,9 @@ def _quality(name: str, what: str, figures: Figures, figure: str, less: float = 
         above, below, over = TEACHER, AFTER, "teacher's over student's"
     prompts = [own[figure].prompts for key in (above, below) if figure in (own := figures.get(key, {}))]
     ratio = quotient(figures, figure, above, below, less)
-    return _claim(name, "quality", f"{what}, {over}", ratio, min(prompts, default=0))
+    theirs = figures.get(TEACHER, {}).get(figure)
+    rare = figure in SHARES and theirs is not None and theirs.value * theirs.prompts < ENOUGH_RIGHT
+    return _claim(name, "quality", f"{what}, {over}", ratio, min(prompts, default=0), rare=rare)
 
 
 def _claim(
@@ -93,12 +98,13 @@ def _claim(
     prompts: float = ENOUGH,
     *,
     once: bool = False,
+    rare: bool = False,
 ) -> Claim:
     claim = Claim(name=name, axis=axis, text=text, promised=QUALITY if axis == "quality" else TIMES)
     if value is None or not math.isfinite(value.low):
         return claim
     reached = value.low >= claim.promised
-    few = prompts < (ENOUGH if reached else PROMPTS_TO_DIFFER)
+    few = prompts < (ENOUGH if reached else PROMPTS_TO_DIFFER) or (reached and rare)
     could_be_reached = not reached and value.high >= claim.promised
     verdict = "not shown" if few or once or could_be_reached else "yes" if reached else "no"
     return msgspec.structs.replace(claim, value=value, verdict=verdict)

@@ -330,6 +330,16 @@ def test_one_wrong_answer_of_thirty_does_not_show_nine_tenths(prompts: int, wron
     assert claim.value and claim.value.low >= 0.9 and claim.verdict == verdict
 
 
+@pytest.mark.parametrize(("right", "student", "verdict"), [(9, 9, "not shown"), (30, 30, "yes"), (9, 0, "no")])
+def test_a_teacher_that_is_seldom_right_shows_no_quality(right: int, student: int, verdict: str) -> None:
+    """Of 60. A student that is right in just 90% of the teacher's 9 is right in all of them in 0.9 ** 9 = 39%."""
+    drawn = draw(range(60))
+    shares = [ratio([1.0] * count + [0.0] * (60 - count), [1.0] * 60, drawn) for count in (right, student)]
+    found = {key: {"accuracy": share} for key, share in zip(("teacher", "student_after"), shares, strict=True) if share}
+    claim, *_ = claims({"verified": found}, *models(), verified=True)
+    assert claim.value and claim.value.value == student / right and claim.verdict == verdict
+
+
 @pytest.mark.parametrize("rate", [10.0, 35.0])
 def test_one_timing_shows_no_speed_and_misses_none(rate: float) -> None:
     teacher, after = models(tokens_per_s=exactly(rate))
