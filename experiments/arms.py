@@ -214,25 +214,28 @@ def _human(setup: Setup) -> Design:
     test = part_rows([*sources["teacher"], *sources["human"]], config).test
     parts = {name: part_rows(rows, config, test) for name, rows in sources.items()}
     tested = {question_text(prompt.messages) for prompt in asked if config.part_of(prompt) == "test"}
-    train = {
-        name: [row for row in (*own.train, *own.validation) if question_text(row.messages) not in tested]
+    learned = {  # in each part, so that the arms make equal steps
+        name: [
+            [row for row in rows if question_text(row.messages) not in tested] for rows in (own.train, own.validation)
+        ]
         for name, own in parts.items()
     }
-    count = min(map(len, train.values()))
+    counts = [min(map(len, rows)) for rows in zip(*learned.values(), strict=True)]
     pick = random.Random(setup.recipe.train.seed)
     people = [Prompt(id=row.prompt_id, **asked_fields(row)) for row in sources["human"]]
     arms = []
     for name, title in (("teacher", "distilled"), ("human", "human")):
         chosen = RunDir(setup.folder / "rows" / title)
         chosen.path.mkdir(parents=True, exist_ok=True)
-        write_jsonl(chosen.kept, pick.sample(train[name], count))
+        both = zip(learned[name], counts, strict=True)
+        write_jsonl(chosen.kept, [row for rows, count in both for row in pick.sample(rows, count)])
         # A probe must be new to both arms. Of a question, the last line counts: the run's has its reference.
         write_jsonl(chosen.prompts, [*people, *asked])
         if name == "teacher":
             shutil.copyfile(base.lineage, chosen.lineage)
         accept = _accepting(setup, "filters", "prompts", "keep_rate") if name == "human" else []
         arms.append(_arm(setup, title, chosen, test, accept))
-    return Design(arms, _by_source(sources, test), f"{count:,} rows in each arm, for the recipe's epochs")
+    return Design(arms, _by_source(sources, test), f"{sum(counts):,} rows in each arm, for the recipe's epochs")
 
 
 def _soft(setup: Setup) -> Design:

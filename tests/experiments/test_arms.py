@@ -45,13 +45,16 @@ def test_people_are_taught_nothing_that_is_tested(tmp_path: Path) -> None:
     lines += [{"prompt": f"Other {n}", "completion": f"{n}.", "topic": n % 40} for n in range(80)]
     human.write_text("".join(json.dumps(line) + "\n" for line in lines))
     setup = Setup(recipe, path, [], run, tmp_path / "experiment", Namespace(human=human), path.read_bytes())
+    sizes = set()
     for arm in EXPERIMENTS["human"].prepare(setup).arms:
         own = load_recipe(path, arm.flags)
         parts = read_parts(own, arm.run)
+        sizes.add((len(parts.train), len(parts.validation)))
         trained = {recipe.prompts.position_of(row) for row in (*parts.train, *parts.validation)}
         tested = [prompt for prompt in asked if recipe.prompts.part_of(prompt) == "test"]
         assert not trained & {recipe.prompts.position_of(prompt) for prompt in tested}
         assert len(parts.train) > 20
+    assert len(sizes) == 1  # as many rows to learn from, and so as many steps
 
 
 def test_people_who_answer_the_questions_of_the_run_leave_them_their_references(tmp_path: Path) -> None:
