@@ -125,7 +125,7 @@ def find_duplicates(
             one.add(row)
 
     def drop(row: int) -> bool:
-        """Whether a row is like one that stays."""
+        """Drops a row that is like one that stays, and says whether it did."""
         match = next((match for one in searches if (match := one.match(row))), None)
         if match:
             found[row - own] = _reason(match, evaluated, sketches)

@@ -34,7 +34,7 @@ _decode = msgspec.json.Decoder(Verified).decode
 
 PASSED = Verified()
 FUNCTION = "function"  # the rule that is a user's own function
-# What else drops answers, and what reviews call those that none does: no function may have such a name.
+# What reports and reviews call the other stages, and the kept answers: no function may have such a name.
 TAKEN = (AGREES, UNVERIFIED, JUDGE, *DEDUP_RULES, SELECT, "kept")
 CHANGEABLE = ("slots", "reference", "columns", "tools", "tool_calls")  # it gets copies: other rules read them
 

@@ -192,7 +192,7 @@ def _send_partition(recipe: Recipe, folder: RunDir, partition: Partition, retry_
             outcome = run_loop(_send(run))
         finally:
             for number in (STOP, END):  # it has ended: a stop must not cost the last counts
-                signal.signal(number, lambda *_: None)  # SIG_IGN: Python prints an error for a signal just before it
+                signal.signal(number, lambda *_: None)  # with SIG_IGN Python prints an error if one came just before
             run.budget.save()
             run.show()
         if outcome and not isinstance(outcome, KeyboardInterrupt):

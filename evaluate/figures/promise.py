@@ -3,9 +3,9 @@
 Pure arithmetic. Each part is a ratio, and holds only if its whole interval is at least what is promised. A figure over
 fewer than 60 prompts (or groups of them) shows no quality: the bootstrap's interval of a share near 1 is too narrow
 there. With 29 of 30 right it begins at 90%, which 18% of the students that are right in just 90% reach; from 60 prompts
-on, 3 to 7% of them are told yes. Nor does a share show any where the teacher's own is of fewer than 30 prompts, which
-the ratio is over: of 60 prompts with 18 right answers of the teacher it was 17%, with 9 it was 40%. Over fewer than
-PROMPTS_TO_DIFFER no quality is missed either. Source of the promise: docs/evaluation.md.
+on, 3 to 7% of them are told yes. A share (right answers, or answers that pass) shows no quality either if the teacher
+has fewer than 30 of them: if it is right in 18 of 60 prompts, 17% of such students would be told yes, and 40% if it is
+right in 9. Over fewer than PROMPTS_TO_DIFFER no quality is missed. Source of the promise: docs/evaluation.md.
 """
 
 import math
@@ -22,7 +22,7 @@ from pipeline.students import AFTER, TEACHER
 QUALITY = 0.9  # of the teacher's: the lower end of 90-95%
 TIMES = 3.0  # smaller, faster, and less memory
 ENOUGH = 60  # prompts
-ENOUGH_RIGHT = 30  # of them that the teacher has right, or that pass the rules
+ENOUGH_RIGHT = 30  # right answers of the teacher, or answers of it that pass the rules
 SHARES = ("accuracy", "passing")
 AXES = ("quality", "speed", "memory")
 LEAST_SCORE = 1  # a judge's: what an answer without any worth gets

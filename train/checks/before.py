@@ -34,7 +34,7 @@ def extra_needed() -> Iterator[None]:
 def check_trainable(recipe: Recipe, run: RunDir, gpus: int = 0) -> None:
     """Raises UsageError if a training would lack its teacher, its student, its test rows, a GPU or a package.
 
-    `gpus`: how many are visible; of several, a training in one process takes none.
+    `gpus`: how many are visible. A training in one process refuses several.
     """
     config = recipe.train
     check_start(recipe, run)
