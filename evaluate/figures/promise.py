@@ -104,10 +104,17 @@ def _claim(
     if value is None or not math.isfinite(value.low):
         return claim
     reached = value.low >= claim.promised
-    few = prompts < (ENOUGH if reached else PROMPTS_TO_DIFFER) or (reached and rare)
     could_be_reached = not reached and value.high >= claim.promised
-    verdict = "not shown" if few or once or could_be_reached else "yes" if reached else "no"
-    return msgspec.structs.replace(claim, value=value, verdict=verdict)
+    least = ENOUGH if reached else PROMPTS_TO_DIFFER
+    why = ""
+    if prompts < least:
+        why = f"under {least} prompts"
+    elif reached and rare:
+        why = f"under {ENOUGH_RIGHT} of the teacher's"
+    elif once:
+        why = "timed once"
+    verdict = "not shown" if why or could_be_reached else "yes" if reached else "no"
+    return msgspec.structs.replace(claim, value=value, verdict=verdict, why=why)
 
 
 def _times(teacher: ModelReport, after: ModelReport, name: str) -> Estimate | None:

@@ -157,7 +157,7 @@ def _axes(seen: Evidence) -> Found | None:
         return "fail", len(claims), finding, fix
     if missing:
         return "unknown", None, f"{finding}; not measured: {', '.join(missing)}", "evaluate teacher and student"
-    fix = f"chance may explain {', '.join(undecided)}: evaluate on more rows and probes"
+    fix = f"not shown: {', '.join(undecided)}; evaluate on more rows and probes"
     return "warn" if undecided else "pass", len(claims), finding, fix
 
 

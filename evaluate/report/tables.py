@@ -168,7 +168,8 @@ def promise(report: Report) -> Table:
     for claim in report.headline.claims:
         promised = f"{claim.promised:.0%}" if claim.axis == "quality" else f"{claim.promised:.0f}×"
         here = _lines(claim.value, ratio_format(claim), counted=True) if claim.value else [Line(NOTHING)]
-        rows.append(Row(claim.text, [[Line(promised)], here, [Line(claim.verdict, MARKS[claim.verdict])]]))
+        verdict = [Line(claim.verdict, MARKS[claim.verdict]), *([Line(claim.why)] if claim.why else [])]
+        rows.append(Row(claim.text, [[Line(promised)], here, verdict]))
     return Table("the promise", ["promised", "here", "holds"], rows)
 
 

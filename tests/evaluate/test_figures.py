@@ -313,11 +313,13 @@ def test_what_chance_may_explain_is_not_shown() -> None:
 def test_few_prompts_show_no_quality() -> None:
     found = promise((figure(0.5), figure(0.5)), (figure(1.0), figure(1.0)), prompts=59)
     assert found["quality_probes"].value == Estimate(1.0, 1.0, 1.0) and found["quality_probes"].verdict == "not shown"
+    assert found["quality_probes"].why == "under 60 prompts" and found["size"].why == ""
     assert holds(list(found.values())) is None
     missed = promise((figure(0.5), figure(0.9)), (figure(1.0), figure(1.0)), prompts=20)
     assert missed["quality_bits"].verdict == "no" and holds(list(missed.values())) is False
     one = promise((figure(0.5), figure(0.9)), (figure(1.0), figure(1.0)), prompts=19)  # nor is it missed
-    assert one["quality_bits"].verdict == "not shown" and holds(list(one.values())) is None
+    assert one["quality_bits"].verdict == "not shown" and one["quality_bits"].why == "under 20 prompts"
+    assert holds(list(one.values())) is None
 
 
 @pytest.mark.parametrize(("prompts", "wrong", "verdict"), [(30, 1, "not shown"), (50, 2, "not shown"), (64, 2, "yes")])
@@ -330,14 +332,17 @@ def test_one_wrong_answer_of_thirty_does_not_show_nine_tenths(prompts: int, wron
     assert claim.value and claim.value.low >= 0.9 and claim.verdict == verdict
 
 
-@pytest.mark.parametrize(("right", "student", "verdict"), [(9, 9, "not shown"), (30, 30, "yes"), (9, 0, "no")])
-def test_a_teacher_that_is_seldom_right_shows_no_quality(right: int, student: int, verdict: str) -> None:
+@pytest.mark.parametrize(
+    ("right", "student", "verdict", "why"),
+    [(9, 9, "not shown", "under 30 of the teacher's"), (30, 30, "yes", ""), (9, 0, "no", "")],
+)
+def test_a_teacher_that_is_seldom_right_shows_no_quality(right: int, student: int, verdict: str, why: str) -> None:
     """Of 60. A student that is right in just 90% of the teacher's 9 is right in all of them in 0.9 ** 9 = 39%."""
     drawn = draw(range(60))
     shares = [ratio([1.0] * count + [0.0] * (60 - count), [1.0] * 60, drawn) for count in (right, student)]
     found = {key: {"accuracy": share} for key, share in zip(("teacher", "student_after"), shares, strict=True) if share}
     claim, *_ = claims({"verified": found}, *models(), verified=True)
-    assert claim.value and claim.value.value == student / right and claim.verdict == verdict
+    assert claim.value and claim.value.value == student / right and (claim.verdict, claim.why) == (verdict, why)
 
 
 @pytest.mark.parametrize("rate", [10.0, 35.0])
@@ -345,7 +350,7 @@ def test_one_timing_shows_no_speed_and_misses_none(rate: float) -> None:
     teacher, after = models(tokens_per_s=exactly(rate))
     teacher.figures["engine"]["tokens_per_s"] = exactly(10.0)
     claim = next(claim for claim in claims({}, teacher, after, verified=False) if claim.axis == "speed")
-    assert claim.value == exactly(rate / 10) and claim.verdict == "not shown"
+    assert claim.value == exactly(rate / 10) and (claim.verdict, claim.why) == ("not shown", "timed once")
 
 
 def test_an_axis_without_a_figure_leaves_the_promise_open() -> None:

@@ -207,6 +207,15 @@ def test_the_promise_is_shown_part_by_part() -> None:
     assert promise(make_report()).rows == []
 
 
+def test_a_part_that_too_few_prompts_show_says_so() -> None:
+    report = full_report()
+    claim = msgspec.structs.replace(report.headline.claims[0], verdict="not shown", why="under 60 prompts")
+    headline = msgspec.structs.replace(report.headline, claims=[claim])
+    few = msgspec.structs.replace(report, headline=headline)
+    assert [line.text for line in promise(few).rows[0].cells[2]] == ["not shown", "under 60 prompts"]
+    assert ">not shown</span><small>under 60 prompts</small></td>" in render_html(few)
+
+
 def test_models_stand_on_three_axes_by_their_ratio_to_the_teacher() -> None:
     """One logarithmic scale for all: the ends are 1.1119 / 4.9 = 0.227 and the weights' 3.12, a little room beyond."""
     charts = {chart.title: chart for chart in axis_panels(make_report())}
