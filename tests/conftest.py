@@ -1,4 +1,4 @@
-"""What all tests share: how threads wait, Ctrl-C, hypothesis without a clock, and what a failed command printed."""
+"""What all tests share: their order, how threads wait, Ctrl-C, hypothesis without a clock, a failed command's words."""
 
 import os
 import signal
@@ -19,6 +19,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # an example may take longer on a busy machine
 hypothesis.settings.load_profile("untimed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: the short ones after them keep all workers busy until the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.hookimpl(wrapper=True)
