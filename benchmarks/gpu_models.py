@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.training import WORDS, made_up_rows
+from benchmarks.made_up import WORDS, made_up_rows
 
 SHAPES: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("shapes.json").read_text())
 LONGER = 4  # times as long as the stories of lengths.json: about 660 tokens with the prompt and the template

@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 import yaml
 
+from benchmarks.made_up import made_up_rows
 from benchmarks.measure import flags, one_of, show
-from benchmarks.training import made_up_rows
 from evaluate.measure.results import answer_row
 from pipeline.cli import run_stage
 from pipeline.models import resolve_model

@@ -20,8 +20,8 @@ from rich.console import Console
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.measure import flags, question, show
-from benchmarks.simulator import LENGTHS
+from benchmarks.made_up import made_up_rows
+from benchmarks.measure import flags, show
 from pipeline.cli import run_stage
 from pipeline.errors import UsageError
 from pipeline.models import resolve_model
@@ -31,8 +31,6 @@ from train.rows import read_checked, to_examples
 from train.setting import Setting
 from train.trainer import Examples, prepare
 
-WORDS = ["Toby", "the", "rabbit", "found", "a", "red", "kite", "by", "old", "oak", "in", "snow", "and", "hid", "it"]
-WORDS_PER_TOKEN = 0.8
 TEXTS = ("prompt", "completion")  # of a row, without tools
 
 
@@ -107,20 +105,6 @@ def defaults(model: str, examples: Examples, config: TrainConfig, folder: Path) 
         train_dataset=Dataset.from_list([{name: row[name] for name in TEXTS} for row in examples["train"]]),
         peft_config=None if config.weights == "full" else lora_config(config),
     )
-
-
-def made_up_rows(count: int, words_per_token: float = WORDS_PER_TOKEN) -> list[dict[str, Any]]:
-    """Words without sense, `words_per_token` of them for each token of a real run's answers."""
-    rng = random.Random(0)
-    stories = (rng.choices(WORDS, k=round(rng.choice(LENGTHS) * words_per_token)) for _ in range(count))
-    return [
-        {
-            "prompt": [{"role": "user", "content": question(number)}],
-            "completion": [{"role": "assistant", "content": " ".join(story)}],
-            "tools": None,
-        }
-        for number, story in enumerate(stories)
-    ]
 
 
 def report(clocks: dict[str, list[Clock]], losses: dict[str, float]) -> str:
