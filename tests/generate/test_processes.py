@@ -260,7 +260,8 @@ def until_asked(server: MisbehavingServer, count: int) -> None:
 
 def test_a_second_run_is_refused_while_children_of_a_killed_one_are_there(run: RunDir) -> None:
     """They hold the run's lock with their parent, so nobody can begin before the last of them is gone."""
-    with slow(0.2) as server:  # type: ignore[attr-defined]
+    killed = list[bool]()
+    with misbehaving(lambda asked: answer(delay_s=0 if killed else 0.2)) as server:
         process = started(server, run)
         until_asked(server, 8)
         family = children(process)
@@ -268,6 +269,7 @@ def test_a_second_run_is_refused_while_children_of_a_killed_one_are_there(run: R
             child.suspend()
         process.send_signal(signal.SIGKILL)
         process.wait(10)
+        killed.append(True)
         code, _, err = finish(started(server, run))
         assert (code, "another process" in err) == (2, True)
         for child in family:
