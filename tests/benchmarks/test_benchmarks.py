@@ -344,7 +344,8 @@ def test_cpu_between_two_times_is_of_the_answers_between_them() -> None:
     }
 
 
-def test_the_limits_of_a_driver_are_those_of_its_code() -> None:
+def test_the_limits_of_a_driver_are_those_of_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "IDS", 20_000)
     found = limits.lease_table(20, 2) | limits.driver(2000) | limits.ids(10**6)
     assert min(found.values()) > 0
     fleet = argparse.Namespace(workers=10, gpus=100, tokens_per_s=3000.0, answer_tokens=300, answers=10**6)
