@@ -40,8 +40,11 @@ def model(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Callable[[], list[psutil.Process]]]:
-    """Puts the stand-in in vLLM's place; calling it chooses its behaviour and gives what finds its processes."""
+def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callable[[], list[psutil.Process]]]:
+    """Puts the stand-in in vLLM's place; calling it chooses its behaviour and gives what finds its processes.
+
+    An engine that is stuck takes the guard its whole patience, KILL_S.
+    """
     variables = stand_in(tmp_path / "packages")
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -50,8 +53,9 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Cal
     def processes() -> list[psutil.Process]:
         return processes_with(variables)
 
-    def choose(mode: str) -> Callable[[], list[psutil.Process]]:
+    def choose(mode: str, *, stuck: bool = False) -> Callable[[], list[psutil.Process]]:
         monkeypatch.setenv("STUB_VLLM", mode)
+        monkeypatch.setenv("STUB_STUCK", "1" * stuck)
         return processes
 
     return choose
@@ -97,7 +101,7 @@ def get(url: str, path: str) -> bytes:
 
 
 def test_a_server_is_ready_then_gone(stub, model, tmp_path):
-    processes = stub("ok")
+    processes = stub("ok", stuck=True)
     log = tmp_path / "new/folder/serve.log"
     with serving(model, port=free_port(), config=SETTINGS, log=log, served_name="mine") as server:
         assert json.loads(get(server.base_url, "/v1/models"))["data"] == [{"id": "mine"}]
@@ -155,7 +159,7 @@ def test_a_server_that_dies_is_one_line_with_the_cause_and_the_log(stub, model, 
 
 
 def test_a_server_whose_port_another_one_has_taken_meanwhile_is_not_ready(stub, model, monkeypatch):
-    processes = stub("die")
+    processes = stub("die", stuck=True)
     own = psutil.Process()
 
     def other_is_ready(*_: object) -> bool:
@@ -376,7 +380,7 @@ def test_last_line_of_a_progress_bar():
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_it_ends_with_130_and_leaves_nothing(stub, model, tmp_path, signum):
-    processes = stub("ok")
+    processes = stub("ok", stuck=True)
     process = start(tmp_path, model)
     said = read_until(process, "Ctrl-C")
     assert "make generate RECIPE=" in said
@@ -387,7 +391,7 @@ def test_interrupted_it_ends_with_130_and_leaves_nothing(stub, model, tmp_path, 
 
 
 def test_interrupted_while_it_starts_it_leaves_nothing(stub, model, tmp_path):
-    processes = stub("silent")
+    processes = stub("silent", stuck=True)
     process = start(tmp_path, model)
     wait_until(lambda: len(processes()) == 4)  # with `python -m serve` itself
     os.killpg(process.pid, signal.SIGINT)
@@ -398,7 +402,7 @@ def test_interrupted_while_it_starts_it_leaves_nothing(stub, model, tmp_path):
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGHUP])
 def test_killed_outright_it_leaves_nothing(stub, model, tmp_path, signum):
-    processes = stub("ok")
+    processes = stub("ok", stuck=True)
     process = start(tmp_path, model)
     read_until(process, "Ctrl-C")
     assert len(processes()) == 4

@@ -3,8 +3,8 @@
 It answers every chat request with the same words.
 
 STUB_VLLM says how it behaves: ok, die (an engine that fails, with vLLM's own way of saying so), killed, silent, other
-(serves another name), late (dies once it has been asked for its models). Whatever it does, it first starts a child
-that ignores SIGTERM, as a stuck engine would.
+(serves another name), late (dies once it has been asked for its models). Whatever it does, it first starts a child,
+its engine, which STUB_STUCK has ignore SIGTERM.
 """
 
 import argparse
@@ -17,7 +17,8 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-ENGINE = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); x = bytearray(64 << 20); time.sleep(600)"
+IGNORE = "signal.signal(signal.SIGTERM, signal.SIG_IGN)" if os.environ.get("STUB_STUCK") else "pass"
+ENGINE = f"import signal, time; {IGNORE}; x = bytearray(64 << 20); time.sleep(600)"
 DIED = """\
 (EngineCore pid=7) ERROR 11-23 23:50:05 [core.py:402] Traceback (most recent call last):
 (EngineCore pid=7) ERROR 11-23 23:50:05 [core.py:402]   File "core.py", line 1, in run
