@@ -12,13 +12,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import pytest
 
 from benchmarks.cluster import Call, counts, kill_actor, kill_driver
 from benchmarks.http_server import running
-from benchmarks.ray_nodes import ROOT, ray_cluster
+from benchmarks.ray_nodes import ROOT, RayNode, ray_cluster
 from benchmarks.runs import recipe_for
 from generate import generate
 from pipeline.rundir import RunDir
@@ -39,30 +40,12 @@ REQUESTS = 600
 BLIND = int(os.geteuid() == 0 and shutil.which("unshare") is not None)  # without root every node sees the code
 
 
-def test_every_answer_counts_once_whatever_dies(tmp_path: Path) -> None:
-    budget = REQUESTS * 400
-    with running("benchmarks.stub", "--delay-ms", 300) as url, ray_cluster(2, blind=BLIND) as (address, nodes):
-        sections = {"generate": {"concurrency": 16}, "budget": {"tokens": budget}, "sampling": {"max_tokens": 100}}
-        recipe, run = tmp_path / "recipe.yaml", RunDir(tmp_path / "run")
-        recipe.write_text(recipe_for(tmp_path, url, REQUESTS, **sections).model_dump_json(exclude_unset=True))
-        call = Call(recipe, run, address, lease_s=30)
-        call.until_billed(url, 50)
-        assert all(node.workers() for node in nodes)
-        kill_actor(call, address, nodes, 30)
-        call.until_billed(url, 250)
-        kill_driver(call, address, nodes, 30)
-        assert call.end() == 0
-    found = counts(run, REQUESTS, {"answers": 0, "prompt_tokens": 0, "completion_tokens": 0}, budget)
-    assert (found["distinct ids"], found["repeated lines"]) == (REQUESTS, 0)
-    assert REQUESTS * 140 <= found["tokens counted"] <= budget
-
-
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("real", [False, True], ids=["stand-in", "vLLM"])
 def test_servers_come_back_and_nothing_is_left_of_them(
     real: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    variables = stand_in(tmp_path / "packages")
+    variables = stand_in(tmp_path / "packages") | {"STUB_STUCK": "1"}
     for name in ("STUB_MARK",) if real else variables:
         monkeypatch.setenv(name, variables[name])
     model = "embedded:smollm2-135m" if real else empty_model(tmp_path / "model")
@@ -119,26 +102,62 @@ def vllm(variables: dict[str, str]) -> list[psutil.Process]:
     return [one for one in processes_with(variables) if "vllm" in command_of(one).lower()]
 
 
+class Cluster(NamedTuple):
+    """Two nodes. One does not see the project's code, nor the folder `hidden`."""
+
+    address: str
+    nodes: list[RayNode]
+    hidden: Path
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One for all tests that can share it."""
+    hidden = tmp_path_factory.mktemp("hidden")
+    with ray_cluster(2, blind=BLIND, hidden=[hidden]) as (address, nodes):
+        yield Cluster(address, nodes, hidden)
+
+
+def test_every_answer_counts_once_whatever_dies(cluster: Cluster, tmp_path: Path) -> None:
+    budget, (address, nodes, _) = REQUESTS * 400, cluster
+    with running("benchmarks.stub", "--delay-ms", 300) as url:
+        sections = {"generate": {"concurrency": 16}, "budget": {"tokens": budget}, "sampling": {"max_tokens": 100}}
+        recipe, run = tmp_path / "recipe.yaml", RunDir(tmp_path / "run")
+        recipe.write_text(recipe_for(tmp_path, url, REQUESTS, **sections).model_dump_json(exclude_unset=True))
+        call = Call(recipe, run, address, lease_s=30)
+        call.until_billed(url, 50)
+        assert all(node.workers() for node in nodes)
+        kill_actor(call, address, nodes, 30)
+        call.until_billed(url, 250)
+        kill_driver(call, address, nodes, 30)
+        assert call.end() == 0
+    found = counts(run, REQUESTS, {"answers": 0, "prompt_tokens": 0, "completion_tokens": 0}, budget)
+    assert (found["distinct ids"], found["repeated lines"]) == (REQUESTS, 0)
+    assert REQUESTS * 140 <= found["tokens counted"] <= budget
+
+
 @pytest.mark.timeout(1800)
-def test_a_training_on_two_nodes_is_that_of_one_process_though_one_is_killed(tmp_path: Path) -> None:
+def test_a_training_on_two_nodes_is_that_of_one_process_though_one_is_killed(cluster: Cluster, tmp_path: Path) -> None:
     student = str(tiny_model(tmp_path / "student"))
     recipe = make_recipe(student, epochs=30, lora_dropout=0, learning_rate=2e-4)
     (tmp_path / "recipe.yaml").write_text(recipe.model_dump_json(exclude_unset=True))
     alone, together = (make_run(tmp_path / name, story_rows(21)) for name in ("alone", "together"))
     command = [sys.executable, "-m", "train", str(tmp_path / "recipe.yaml"), "--force", "--run"]
     train_run(recipe, alone, force=True)
-    with ray_cluster(2, blind=BLIND) as (address, nodes):
-        told = tmp_path / "told.txt"
-        with told.open("wb") as file:
-            process = subprocess.Popen(
-                [*command, str(together.path), "--cluster", address], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT
-            )
-        # A checkpoint is whole when the next one has begun.
-        wait_until(lambda: len([*together.path.glob("training/checkpoint-*")]) > 1 or process.poll() is not None)
-        for worker in nodes[1].workers("RayTrainWorker"):
-            worker.kill()
-        assert process.wait() == 0, told.read_text()
-        said = told.read_text()
+    told = tmp_path / "told.txt"
+    with told.open("wb") as file:
+        process = subprocess.Popen(
+            [*command, str(together.path), "--cluster", cluster.address],
+            cwd=ROOT,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    # A checkpoint is whole when the next one has begun.
+    wait_until(lambda: len([*together.path.glob("training/checkpoint-*")]) > 1 or process.poll() is not None)
+    for worker in cluster.nodes[1].workers("RayTrainWorker"):
+        worker.kill()
+    assert process.wait() == 0, told.read_text()
+    said = told.read_text()
     assert "going on from the last checkpoint" in said and "resuming from step" in said
     assert "trained on 19 rows" in said and "LOAD_FAST" not in said
     assert_same_losses(alone, together)
@@ -154,28 +173,28 @@ def assert_same_losses(*runs: RunDir) -> None:
 
 
 @pytest.mark.timeout(1800)
-def test_nodes_that_share_no_folder_train_a_run_in_a_store(tmp_path: Path) -> None:
+def test_nodes_that_share_no_folder_train_a_run_in_a_store(cluster: Cluster, tmp_path: Path) -> None:
     """One does not see the driver's folder. A process is killed when the store has a checkpoint."""
     recipe = make_recipe(str(tiny_model(tmp_path / "student")), epochs=100, learning_rate=2e-4)
     (tmp_path / "recipe.yaml").write_text(recipe.model_dump_json(exclude_unset=True))
-    (driver := tmp_path / "driver").mkdir()
+    (driver := cluster.hidden / "driver").mkdir()
     alone, temporary = make_run(tmp_path / "alone", story_rows(21)), Path(tempfile.gettempdir())
     train = [sys.executable, "-m", "train", str(tmp_path / "recipe.yaml"), "--force", "--run"]
     train_run(recipe, alone, force=True)
-    with ray_cluster(2, blind=BLIND, hidden=[driver]) as (address, nodes), object_storage():
+    with object_storage():
         store, told = open_store("s3://bucket/stories"), tmp_path / "told.txt"
         store.put("kept.jsonl", alone.kept)
         store.put("lineage.json", b'{"name": "stories", "review": {"rows": 21}}')
         with told.open("wb") as file:
             process = subprocess.Popen(
-                [*train, store.url, "--cluster", address],
+                [*train, store.url, "--cluster", cluster.address],
                 cwd=driver,
                 env=os.environ | {"PYTHONPATH": str(ROOT)},
                 stdout=file,
                 stderr=subprocess.STDOUT,
             )
         wait_until(lambda: checkpoints(store) or process.poll() is not None, every_s=0.5)
-        for worker in nodes[1].workers("RayTrainWorker"):
+        for worker in cluster.nodes[1].workers("RayTrainWorker"):
             worker.kill()
         assert process.wait() == 0, told.read_text()
         together = RunDir(next(driver.glob("runs/stored/*/stories")))

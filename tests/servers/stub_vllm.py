@@ -65,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-engine = subprocess.Popen([sys.executable, "-c", ENGINE])
+engine = subprocess.Popen([sys.executable, "-c", ENGINE, "VLLM::EngineCore"])
 print("INFO 11-23 23:50:05 [stub.py:1] stub engine started", flush=True)
 if mode == "die":
     print(DIED, flush=True)
