@@ -175,16 +175,16 @@ def assert_same_losses(*runs: RunDir) -> None:
 @pytest.mark.timeout(1800)
 def test_nodes_that_share_no_folder_train_a_run_in_a_store(cluster: Cluster, tmp_path: Path) -> None:
     """One does not see the driver's folder. A process is killed when the store has a checkpoint."""
-    recipe = make_recipe(str(tiny_model(tmp_path / "student")), epochs=100, learning_rate=2e-4)
+    recipe = make_recipe(str(tiny_model(tmp_path / "student")), epochs=20, learning_rate=2e-4)
     (tmp_path / "recipe.yaml").write_text(recipe.model_dump_json(exclude_unset=True))
     (driver := cluster.hidden / "driver").mkdir()
-    alone, temporary = make_run(tmp_path / "alone", story_rows(21)), Path(tempfile.gettempdir())
+    alone, temporary = make_run(tmp_path / "alone", story_rows(81)), Path(tempfile.gettempdir())
     train = [sys.executable, "-m", "train", str(tmp_path / "recipe.yaml"), "--force", "--run"]
     train_run(recipe, alone, force=True)
     with object_storage():
         store, told = open_store("s3://bucket/stories"), tmp_path / "told.txt"
         store.put("kept.jsonl", alone.kept)
-        store.put("lineage.json", b'{"name": "stories", "review": {"rows": 21}}')
+        store.put("lineage.json", b'{"name": "stories", "review": {"rows": 81}}')
         with told.open("wb") as file:
             process = subprocess.Popen(
                 [*train, store.url, "--cluster", cluster.address],
@@ -206,7 +206,7 @@ def test_nodes_that_share_no_folder_train_a_run_in_a_store(cluster: Cluster, tmp
     assert "going on from the last checkpoint" in said and "resuming from step" in said
     assert_same_losses(alone, together)
     lineage = json.loads(together.lineage.read_bytes())
-    assert (lineage["train"]["processes"], lineage["review"]) == (2, {"rows": 21})
+    assert (lineage["train"]["processes"], lineage["review"]) == (2, {"rows": 81})
     assert not [*temporary.glob(f"distillate-{together.path.parent.name}-*")]
 
 
