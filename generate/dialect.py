@@ -34,6 +34,7 @@ REFUSING = re.compile(  # of an error whose `param` names the setting
 _NAME = (
     r"[`'\"]?(?P<name>max_tokens|temperature|top_p|seed|return_tokens_as_token_ids|(?:messages\[\d+\]\.)?role)[`'\"]?"
 )
+_UNSUPPORTED_LIST = r"does not support parameters: [\[{][^\]}]{0,300}?\b"  # LiteLLM: ['seed'], or {'seed': 7}
 UNKNOWN = tuple(  # wordings that call a parameter unknown, with its name in them
     re.compile(wording.replace("NAME", _NAME), re.IGNORECASE)
     for wording in (
@@ -45,13 +46,19 @@ UNKNOWN = tuple(  # wordings that call a parameter unknown, with its name in the
         r"\w[`'\"]? and NAME cannot both\b",
         r"NAME [`'\"]?(?:system|developer)[`'\"]? is not supported",
         r"(?:system|developer) NAME (?:is )?not supported",
+        r"unknown name NAME:",  # Gemini
+        r"extra_forbidden['\"],\s*['\"]loc['\"]:\s*[\[(]['\"]body['\"],\s*NAME",  # Mistral, servers on FastAPI
+        r"not permitted, field: NAME",  # Fireworks
+        r"(?:do|does) ?n[o']t support NAME ?=",  # LiteLLM, as the next
+        rf"{_UNSUPPORTED_LIST}NAME",
     )
 )
 
 ONE_CHOICE = re.compile(  # wordings that refuse an `n` above 1: llama.cpp, Gemini, DeepSeek, Groq, gateways
     r"\bonly one (?:completion )?choice|\bmultiple (?:candidates|choices|completions)\b|\bonly n ?= ?1\b|"
     r"\bn\b[`'\"]? ?(?:[:=>]+ ?\d* ?)?(?:number )?(?:must|should|value|is not|does not|cannot)\b|"
-    r"(?:unsupported|unrecogni[sz]ed|unknown) (?:request )?(?:parameter|argument|field)[^.,;]{0,12}\bn\b",
+    r"(?:unsupported|unrecogni[sz]ed|unknown) (?:request )?(?:parameter|argument|field)[^.,;]{0,12}\bn\b|"
+    rf"{_UNSUPPORTED_LIST}n\b",
     re.IGNORECASE,
 )
 

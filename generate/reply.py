@@ -252,6 +252,7 @@ def _error_in(body: bytes) -> _ErrorBody:
     match inner.get("detail"):
         case [{"loc": [*_, str(field)]}, *_]:  # [{"loc": ["body", "seed"], …}]
             param = param or field
+    param = None if param in ("", "None") else param  # LiteLLM's words for none
     return _ErrorBody(message if message and message.strip() else text, code, kind, param)
 
 

@@ -1,6 +1,7 @@
 """What a teacher's first refusal teaches: the providers' own words, and words that must teach nothing."""
 
 import json
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -125,6 +126,48 @@ def test_the_field_that_fastapi_names_is_the_parameter() -> None:
     assert read_error(422, body, {}).parameter == "seed"
 
 
+MISTRAL = {"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"], "msg": "Extra inputs are not permitted"}]}
+GEMINI = "\n".join(
+    f'Invalid JSON payload received. Unknown name "{name}": Cannot find field.' for name in ("top_k", "seed")
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "name"),
+    [
+        ([{"error": {"code": 400, "message": GEMINI, "status": "INVALID_ARGUMENT"}}], "seed"),
+        ({"object": "error", "message": MISTRAL, "type": "invalid_request_error", "param": None}, "seed"),
+        ({"object": "error", "message": json.dumps(MISTRAL), "param": None, "code": "1000"}, "seed"),
+        ({"object": "error", "message": str([{"type": "extra_forbidden", "loc": ("body", "top_p")}])}, "top_p"),
+        ({"error": {"message": "Extra inputs are not permitted, field: 'seed', value: 7", "param": None}}, "seed"),
+        (  # LiteLLM, as the rest
+            {
+                "error": {
+                    "message": "OpenAIException - Unsupported parameter: 'top_p' is not supported",
+                    "param": "None",
+                }
+            },
+            "top_p",
+        ),
+        (
+            {"error": {"message": "gpt-5 models don't support temperature=0.8. Only temperature=1 is supported."}},
+            "temperature",
+        ),
+        ({"error": {"message": "bedrock does not support parameters: ['tools', 'seed'], for model=m."}}, "seed"),
+        (
+            {"error": {"message": "azure does not support parameters: {'temperature': 1.0}, for model=m."}},
+            "temperature",
+        ),
+    ],
+)
+def test_a_setting_that_is_refused_in_any_shape_is_sent_no_more(error: Any, name: str) -> None:
+    dialect, asked = Dialect(), job()
+    fault = read_error(400, json.dumps(error).encode(), {})
+    assert dialect.teaches(fault, asked)
+    dialect.learn(fault, asked, lambda message: None)
+    assert set(dialect.sent(SAMPLING)) == SAMPLING.keys() - {name}
+
+
 @pytest.mark.parametrize(
     ("prompt", "message", "parameter"),
     [
@@ -185,6 +228,7 @@ MANY = [replace(job().request, id=name) for name in "jk"]
         ("Invalid n value (currently only n = 1 is supported)", None, 400),  # DeepSeek
         ("'n' : number must be at most 1", None, 400),  # Groq
         ("n must equal 1 (multi-choice is not supported)", None, 422),
+        ("bedrock does not support parameters: {'n': 3}, for model=m", None, 400),  # LiteLLM
     ],
 )
 def test_a_refused_n_is_sent_no_more(message: str, parameter: str | None, status: int) -> None:
