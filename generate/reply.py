@@ -253,7 +253,12 @@ def _error_in(body: bytes) -> _ErrorBody:
         case [{"loc": [*_, str(field)]}, *_]:  # [{"loc": ["body", "seed"], …}]
             param = param or field
     param = None if param in ("", "None") else param  # LiteLLM's words for none
-    return _ErrorBody(message if message and message.strip() else text, code, kind, param)
+    message = message if message and message.strip() else text
+    match inner.get("metadata"):
+        case {"raw": str(raw)} if raw.strip():  # OpenRouter: what the provider said
+            provider = _error_in(raw.encode(errors="replace"))
+            message, code, param = f"{message}: {provider.message}", code or provider.code, param or provider.param
+    return _ErrorBody(message, code, kind, param)
 
 
 def _text(value: Any) -> str | None:

@@ -127,6 +127,9 @@ def test_the_field_that_fastapi_names_is_the_parameter() -> None:
 
 
 MISTRAL = {"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"], "msg": "Extra inputs are not permitted"}]}
+OPENAI = (
+    '{"error": {"message": "Unsupported parameter: \'top_p\' is not supported.", "param": "top_p"}}'  # by OpenRouter
+)
 GEMINI = "\n".join(
     f'Invalid JSON payload received. Unknown name "{name}": Cannot find field.' for name in ("top_k", "seed")
 )
@@ -139,6 +142,7 @@ GEMINI = "\n".join(
         ({"object": "error", "message": MISTRAL, "type": "invalid_request_error", "param": None}, "seed"),
         ({"object": "error", "message": json.dumps(MISTRAL), "param": None, "code": "1000"}, "seed"),
         ({"object": "error", "message": str([{"type": "extra_forbidden", "loc": ("body", "top_p")}])}, "top_p"),
+        ({"error": {"message": "Provider returned error", "code": 400, "metadata": {"raw": OPENAI}}}, "top_p"),
         ({"error": {"message": "Extra inputs are not permitted, field: 'seed', value: 7", "param": None}}, "seed"),
         (  # LiteLLM, as the rest
             {

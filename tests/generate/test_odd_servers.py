@@ -510,6 +510,31 @@ def test_an_error_in_a_reply_of_success_is_what_its_code_says(code: int) -> None
     assert read_answer(body) == read_error(code, body, {})
 
 
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (
+            '{"error": {"message": "Model supports at most 1 image.", "code": "bad"}}',
+            ": Model supports at most 1 image.",
+        ),
+        ("temporarily rate-limited upstream", ": temporarily rate-limited upstream"),
+        (" ", ""),
+        (None, ""),
+    ],
+)
+def test_what_the_provider_behind_a_gateway_said_is_told(raw: str | None, message: str) -> None:
+    """OpenRouter, docs "Errors": `metadata` of an error of a provider has its name and its raw words."""
+    said = {"message": "Provider returned error", "code": 400, "metadata": {"provider_name": "X", "raw": raw}}
+    fault = read_error(400, json.dumps({"error": said}).encode(), {})
+    assert (fault.error, fault.message) == ("bad_request", f"Provider returned error{message}")
+
+
+def test_a_prompt_that_a_filter_behind_a_gateway_withheld() -> None:
+    raw = json.dumps({"error": {"message": "The response was filtered", "code": "content_filter"}})
+    said = {"message": "Provider returned error", "code": 400, "metadata": {"raw": raw}}
+    assert read_error(400, json.dumps({"error": said}).encode(), {}).error == "content_filter"
+
+
 CUT = ["content_filter", "content_filter: RECITATION", "SAFETY", "sensitive", "refusal", "guardrail_intervened"]
 
 
