@@ -31,7 +31,14 @@ FILTERED = (
 )
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # what could move the cursor of a terminal, or worse
 GATEWAY_TIMEOUTS = (504, 524)  # the server behind it may go on
-QUOTA_CODES = ("insufficient_quota", "billing_hard_limit_reached")  # a 429 that no waiting heals
+# What no waiting heals: by its code or type (OpenAI, LiteLLM), or by words (Anthropic, LiteLLM, xAI, Fireworks). Gemini
+# names the quota, and tells to wait for seconds where it is that of a day.
+QUOTA_CODES = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "budget_exceeded"}
+QUOTA_WORDS = re.compile(
+    rb"credit balance is too low to access|Budget has been exceeded!.{0,200}Max budget|ExceededBudget: |"
+    rb"[Ee]xceeded budget for (?:model|deployment)|monthly spending limit(?:\. To continue| or failure to pay)|"
+    rb'"quotaId": ?"\w*PerDay'
+)
 
 
 class Answer(NamedTuple):
@@ -187,7 +194,8 @@ def read_error(status: int, body: bytes, headers: Mapping[str, str], words: Call
         return Fault("not_found", words(f"it redirects to {headers.get('location', 'nowhere')}"), status)
     if status == 407:
         return Fault("unreachable", f"the proxy of the environment answers 407: {message}", status)
-    if status == 402 or (status == 429 and (error.code in QUOTA_CODES or error.type in QUOTA_CODES)):
+    used_up = {error.code, error.type} & QUOTA_CODES or QUOTA_WORDS.search(body)
+    if status == 402 or (status < 500 and used_up):
         return Fault("insufficient_quota", message, status)
     if status == 429:
         return Fault("rate_limited", message, status, retry_after_s=retry_after(headers) or _retry_delay(body))

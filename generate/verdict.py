@@ -173,7 +173,8 @@ def paused_too_long(url: str, pause_s: float, config: GenerateConfig) -> str:
 def _why_nobody(fault: Fault, state: State) -> str:
     """Why no request can be answered, and how to fix it."""
     if fault.error == "insufficient_quota":
-        return f"{state.url}: the quota is used up ({fault.message}); top it up and run the same command again"
+        then = "top it up, or wait until it is renewed, and run the same command again"
+        return f"{state.url}: the quota is used up ({fault.message}); {then}"
     said = f"{state.url} answers {fault.status} ({fault.message})"
     if fault.error == "not_found" and "/v" not in urlsplit(state.url).path:
         return f"{said}; should the URL end in /v1?"

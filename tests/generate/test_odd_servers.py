@@ -535,6 +535,47 @@ def test_a_prompt_that_a_filter_behind_a_gateway_withheld() -> None:
     assert read_error(400, json.dumps({"error": said}).encode(), {}).error == "content_filter"
 
 
+PER_DAY = {"quotaId": "GenerateRequestsPerDayPerProjectPerModel-FreeTier"}
+PER_MINUTE = {"quotaId": "GenerateRequestsPerMinutePerProjectPerModel-FreeTier"}
+
+
+def gemini_quota(violation: dict[str, str]) -> list[dict[str, Any]]:
+    details = [{"violations": [violation]}, {"retryDelay": "34s"}]
+    return [{"error": {"code": 429, "message": "You exceeded your current quota", "details": details}}]
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (400, {"error": {"message": "Your credit balance is too low to access the Anthropic API. Please go to …"}}),
+        (400, {"error": {"message": "Budget has been exceeded! Current cost: 26.1, Max budget: 0.25", "code": "400"}}),
+        (
+            429,
+            {"error": {"message": "exceeded budget for model=claude-opus-4-8", "type": "budget_exceeded"}},
+        ),  # LiteLLM
+        (429, {"error": "Your team x has reached its monthly spending limit. To continue making requests, please …"}),
+        (412, {"error": {"message": "… reaching the monthly spending limit or failure to pay past invoices."}}),
+        (
+            429,
+            {"error": {"message": "Your account is not active", "code": "billing_not_active"}},
+        ),  # OpenAI, as the next
+        (400, {"error": {"message": "Billing hard limit has been reached", "code": "billing_hard_limit_reached"}}),
+        (429, gemini_quota(PER_DAY)),
+    ],
+    ids=["Anthropic", "LiteLLM", "LiteLLM 429", "xAI", "Fireworks", "OpenAI", "OpenAI 400", "Gemini"],
+)
+def test_money_or_a_day_s_quota_that_is_used_up(status: int, body: Any) -> None:
+    assert read_error(status, json.dumps(body, indent=2).encode(), {}).error == "insufficient_quota"
+
+
+def test_a_quota_of_a_minute_and_a_prompt_about_money_are_not() -> None:
+    assert read_error(429, json.dumps(gemini_quota(PER_MINUTE)).encode(), {}).error == "rate_limited"
+    for said in ("My credit balance is too low", "Who sets the monthly spending limit?", "We exceeded budget again"):
+        assert (
+            read_error(400, json.dumps({"error": {"message": f"refused: {said}"}}).encode(), {}).error == "bad_request"
+        )
+
+
 CUT = ["content_filter", "content_filter: RECITATION", "SAFETY", "sensitive", "refusal", "guardrail_intervened"]
 
 

@@ -28,7 +28,13 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.mark.parametrize(
-    "bad", [error(402, "Insufficient Balance"), error(429, "pay first", "insufficient_quota")], ids=["402", "quota"]
+    "bad",
+    [
+        error(402, "Insufficient Balance"),
+        error(429, "pay first", "insufficient_quota"),
+        error(400, "Your credit balance is too low to access the Anthropic API."),
+    ],
+    ids=["402", "quota", "Anthropic"],
 )
 def test_out_of_money_ends_the_run_at_once_and_it_goes_on_later(run: RunDir, bad: Behaviour) -> None:
     paid = 12

@@ -88,8 +88,12 @@ ROWS: dict[str, tuple[list[Answer | Fault], dict[str, Any]]] = {
     ),
     "429 for rate": ([error(429), error(429, retry_after="2"), error(429, Retry_After_Ms="5")], {}),
     "429 at the last attempt, nothing answered for two minutes": ([error(429)], LAST),
-    "402, or 429 with `insufficient_quota`": (
-        [error(402, "Insufficient Balance"), error(429, code="insufficient_quota")],
+    "402; words or a code of a used-up quota (`insufficient_quota` with 429, Anthropic's credit balance with 400)": (
+        [
+            error(402, "Insufficient Balance"),
+            error(429, code="insufficient_quota"),
+            error(400, "Your credit balance is too low to access the Anthropic API."),
+        ],
         {},
     ),
     "408 or 5xx": ([error(408), error(500), error(503), error(529)], {}),
