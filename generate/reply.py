@@ -29,6 +29,8 @@ FILTERED = (
     *("content_filter", "safety", "recitation", "prohibited_content", "blocklist", "spii", "sensitive"),
     *("refusal", "content_filtered", "guardrail_intervened"),
 )
+# Others' words for `stop` and `length`: of Together and TGI, Anthropic and Bedrock, and, through gateways, Gemini.
+ENDINGS = dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "stop_sequence"), "stop") | {"max_tokens": "length"}
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # what could move the cursor of a terminal, or worse
 GATEWAY_TIMEOUTS = (504, 524)  # the server behind it may go on
 # What no waiting heals: by its code or type (OpenAI, LiteLLM), or by words (Anthropic, LiteLLM, xAI, Fireworks). Gemini
@@ -162,6 +164,7 @@ def _read(choice: _Choice, said: _Said, usage: Usage, model: str | None, words: 
     """The answer of a choice, or why it is none."""
     reasoning, text, calls = said
     reason = _text(choice.finish_reason) or "unknown"
+    reason = ENDINGS.get(reason.lower(), reason)
     if broken := broken_off(reason, choice.error, words):
         return broken._replace(usage=usage)
     if not text.strip() and not calls:

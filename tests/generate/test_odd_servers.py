@@ -171,6 +171,18 @@ def test_what_stands_beside_the_text_may_be_odd() -> None:
 
 
 @pytest.mark.parametrize(
+    ("said_by_server", "recorded"),
+    [
+        *((reason, "stop") for reason in ("eos", "eos_token", "end_turn", "stop_sequence", "STOP")),
+        *((reason, "length") for reason in ("max_tokens", "MAX_TOKENS")),
+        ("model_length", "model_length"),  # Mistral: the context is full
+    ],
+)
+def test_an_answer_s_end_has_openai_s_name(said_by_server: str, recorded: str) -> None:
+    assert answer_in(said(finish_reason=said_by_server)).finish_reason == recorded
+
+
+@pytest.mark.parametrize(
     ("body", "kind"),
     [
         (said(None, "tool_calls", message={"tool_calls": []}), "empty_answer"),

@@ -71,6 +71,10 @@ ROWS: dict[str, tuple[list[Answer | Fault], dict[str, Any]]] = {
         {},
     ),
     "no `finish_reason`": ([said(finish_reason=None)], {}),
+    "`finish_reason` in another API's words (`eos` of Together, `end_turn`, `STOP`, `max_tokens`, …)": (
+        [said(finish_reason=reason) for reason in ("eos", "eos_token", "end_turn", "STOP", "MAX_TOKENS")],
+        {},
+    ),
     "a content of parts": ([said([{"type": "thinking"}, {"type": "text", "text": "x"}])], {}),
     "reasoning beside the text, or before it in `<think>…</think>`": (
         [said(message={"reasoning_content": "hm"}), said("<think>hm</think>text")],
