@@ -201,6 +201,7 @@ class Loop:
             others_up=self._fleet.others_up(endpoint),
             refused_alike=self._refused_alike(fault),
             quiet_s=now - self._answered_at,
+            idle=self._run.counters.in_flight == 0,
             has_time=endpoint.timeout_s(job.spent_s) > 0,
             teaches=self._dialect.teaches(fault, job),
         )

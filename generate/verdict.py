@@ -50,6 +50,7 @@ class State(NamedTuple):
     others_up: bool = False  # another endpoint may still answer
     refused_alike: int = 0  # requests in a row that were refused as this one was, this one included
     quiet_s: float = inf  # since the call's last answer, or its start
+    idle: bool = False  # nothing else is in flight
     has_time: bool = True  # another attempt fits before the request's deadline
     teaches: bool = False  # the refusal is about a setting that can be sent another way
 
@@ -65,7 +66,7 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class Fail:
-    """The request has failed for good. `held_back`: unless REFUSED_ALIKE requests meet the same fate."""
+    """The request has failed for good. `held_back`: unless REFUSED_ALIKE requests meet the same, or 429 goes on."""
 
     held_back: bool = False
 
@@ -124,6 +125,11 @@ def decide(fault: Fault, job: Job, state: State, config: GenerateConfig) -> Verd
         )
     then = _again(fault, job, state, config)
     if fault.error == "rate_limited":
+        if state.idle and state.quiet_s >= config.give_up_s:
+            return EndRun(
+                f"{state.url} has answered nothing but 429 for {state.quiet_s:.0f} s ({fault.message}); run the same "
+                "command again when its limit is over: what was answered is kept"
+            )
         return Pause(fault.retry_after_s or wait_s(REFUSED_WAIT, state.step), then)
     if fault.error == "unreachable" or state.failing >= FAILURES_IN_ROW:
         return Pause(wait_s(PROBE_WAIT, state.step), then, down=True)
@@ -141,7 +147,7 @@ def _again(fault: Fault, job: Job, state: State, config: GenerateConfig) -> Retr
             return Fail()
         after_s = 0.0  # it is the endpoint that waits
     if job.attempts - blameless >= config.max_attempts or not (state.has_time or unreachable):
-        return Fail()
+        return Fail(held_back=limited)
     step = job.attempts
     if limited:  # the endpoint's own pause grows already
         # From the second refusal that counts, a request waits a random time more: not all come back at once.

@@ -10,6 +10,7 @@ import pytest
 from generate.concurrency import BACK_OFF, ByQueue
 from generate.reply import Answer, Fault
 from generate.verdict import QUIET_S
+from pipeline.errors import DistillError
 from pipeline.records import Failure, read_jsonl
 from tests.generate.simulation import GOOD, Model, Server, simulate
 
@@ -232,6 +233,23 @@ def test_a_request_that_is_refused_each_time_fails_for_good(tmp_path: Path, monk
     (failure,) = read_jsonl(tmp_path / "run" / "failures.jsonl", Failure)
     assert (failure.error, failure.attempts) == ("rate_limited", 4)
     assert QUIET_S + 3 * 10.0 <= taken < QUIET_S + 5 * 10.5
+
+
+@pytest.mark.parametrize("concurrency", [64, "auto"])
+def test_a_limit_of_a_day_ends_the_run_and_fails_no_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, concurrency: int | str
+) -> None:
+    """OpenRouter's free models: 50 a day, a 429 without Retry-After from then on. All 250 others failed for good."""
+    used_up = Fault("rate_limited", "Rate limit exceeded: free-models-per-day", 429)
+    model = Model(lambda number, now: (1.0, GOOD) if number <= 50 else (0.1, used_up))
+    generate = {"concurrency": concurrency}
+    taken, outcome, counters = simulate({URL: model}, tmp_path, monkeypatch, 300, generate=generate)
+    assert isinstance(outcome, DistillError)
+    assert "has answered nothing but 429 for" in str(outcome)
+    assert "free-models-per-day" in str(outcome)
+    assert (counters.answered, counters.failed) == (50, 0)
+    assert not list(read_jsonl(tmp_path / "run" / "failures.jsonl", Failure))
+    assert 600 <= taken < 700
 
 
 @pytest.mark.parametrize("concurrency", [64, "auto"])
