@@ -32,6 +32,7 @@ FILTERED = (
 # Others' words for `stop` and `length`: of Together and TGI, Anthropic and Bedrock, and, through gateways, Gemini.
 ENDINGS = dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "stop_sequence"), "stop") | {"max_tokens": "length"}
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # what could move the cursor of a terminal, or worse
+TOO_LARGE = re.compile(r"\bRequest too large for ")  # OpenAI's 429 to one that has more tokens than a minute allows
 GATEWAY_TIMEOUTS = (504, 524)  # the server behind it may go on
 # What no waiting heals: by its code or type (OpenAI, LiteLLM), or by words (Anthropic, LiteLLM, xAI, Fireworks). Gemini
 # names the quota, and tells to wait for seconds where it is that of a day.
@@ -200,8 +201,8 @@ def read_error(status: int, body: bytes, headers: Mapping[str, str], words: Call
     used_up = {error.code, error.type} & QUOTA_CODES or QUOTA_WORDS.search(body)
     if status == 402 or (status < 500 and used_up):
         return Fault("insufficient_quota", message, status)
-    if status == 429:
-        return Fault("rate_limited", message, status, retry_after_s=retry_after(headers) or _retry_delay(body))
+    if status == 429 and not TOO_LARGE.search(message):
+        return Fault("rate_limited", message, status, retry_after_s=retry_after(headers) or _retry_delay(body, headers))
     if status == 408 or status >= 500:
         return Fault("server_error", message, status, retry_after_s=retry_after(headers))
     if status == 400 and b"API_KEY_INVALID" in body:  # Gemini
@@ -227,10 +228,12 @@ def retry_after(headers: Mapping[str, str]) -> float:
     return seconds if 0 < seconds < float("inf") else 0
 
 
-def _retry_delay(body: bytes) -> float:
-    """Seconds to wait as the body says (google.rpc.RetryInfo), which Gemini sends in place of a header; else 0."""
-    found = re.search(rb'"retryDelay":\s*"(\d+(?:\.\d+)?)s"', body)
-    return float(found[1]) if found else 0.0
+def _retry_delay(body: bytes, headers: Mapping[str, str]) -> float:
+    """Seconds to wait as the body says in place of a header: of Gemini (google.rpc.RetryInfo), OpenRouter; else 0."""
+    if found := re.search(rb'"retryDelay":\s*"(\d+(?:\.\d+)?)s"', body):
+        return float(found[1])
+    found = re.search(rb'"X-RateLimit-Reset":\s*"(\d{13})"', body)  # milliseconds since 1970
+    return max(int(found[1]) / 1000 - (_moment(headers.get("date", "")) or time()), 0.0) if found else 0.0
 
 
 def _moment(date: str) -> float | None:

@@ -604,3 +604,21 @@ def test_gemini_s_wait_is_in_its_body() -> None:
     said = {"code": 429, "message": "You exceeded your quota", "details": details}
     fault = read_error(429, json.dumps([{"error": said}], indent=2).encode(), {})
     assert (fault.error, fault.retry_after_s, fault.message) == ("rate_limited", 34.07, "You exceeded your quota")
+
+
+@pytest.mark.parametrize(("reset", "waits_s"), [(1_794_000_060_500, 60.5), (1_793_999_999_000, 0.0)])
+def test_openrouter_s_wait_is_in_its_body(reset: int, waits_s: float) -> None:
+    """The end of the minute or the day, against the server's own clock: 1,794,000,000 s after 1970."""
+    said = {"code": 429, "message": "Rate limit exceeded", "metadata": {"headers": {"X-RateLimit-Reset": str(reset)}}}
+    headers = {"date": "Fri, 06 Nov 2026 21:20:00 GMT"}
+    fault = read_error(429, json.dumps({"error": said}).encode(), headers)
+    assert (fault.error, fault.retry_after_s) == ("rate_limited", waits_s)
+
+
+def test_a_request_larger_than_a_minute_allows_fails_at_once(run: RunDir) -> None:
+    """OpenAI. Sent again and again, it held the endpoint back until all others were answered, and five minutes more."""
+    words = "Request too large for gpt-4.1 in organization org-x on tokens per min (TPM): Limit 30000, Requested 52000."
+    large = error(429, words, "rate_limit_exceeded")
+    with misbehaving(lambda asked: large if asked.text == "say 1" else answer()) as server:
+        summary = generate(recipe_for(server, 4), run, quiet=True)
+    assert (summary.answered, summary.errors, len(server.asked)) == (3, {"bad_request": 1}, 4)

@@ -158,7 +158,13 @@ ROWS: dict[str, tuple[list[Answer | Fault], dict[str, Any]]] = {
         [error(status, "Unsupported parameter: 'seed' is not supported") for status in (400, 422)],
         {},
     ),
-    "any other 4xx": ([error(400), error(409), error(413), error(422), error(451)], {}),
+    "any other 4xx; 429 to a request larger than a minute allows (OpenAI)": (
+        [
+            *map(error, (400, 409, 413, 422, 451)),
+            error(429, "Request too large for gpt-4.1 in organization org-x on …"),
+        ],
+        {},
+    ),
     "403": ([error(403)], {}),
     "the 20th request in a row, all refused alike": (
         [error(400), error(403), read_answer(b"{}"), read_answer(b"[]")],
