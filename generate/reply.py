@@ -32,6 +32,7 @@ FILTERED = (
 # Others' words for `stop` and `length`: of Together and TGI, Anthropic and Bedrock, and, through gateways, Gemini.
 ENDINGS = dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "stop_sequence"), "stop") | {"max_tokens": "length"}
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # what could move the cursor of a terminal, or worse
+TITLE = re.compile(r"\A\s*<(?:!doctype html|html)\b.*?<title>([^<]*\S[^<]*)</title>", re.IGNORECASE | re.DOTALL)
 TOO_LARGE = re.compile(r"\bRequest too large for ")  # OpenAI's 429 to one that has more tokens than a minute allows
 GATEWAY_TIMEOUTS = (504, 524)  # the server behind it may go on
 # What no waiting heals: by its code or type (OpenAI, LiteLLM), or by words (Anthropic, LiteLLM, xAI, Fireworks). Gemini
@@ -205,7 +206,7 @@ def read_error(status: int, body: bytes, headers: Mapping[str, str], words: Call
         return Fault("rate_limited", message, status, retry_after_s=retry_after(headers) or _retry_delay(body, headers))
     if status == 408 or status >= 500:
         return Fault("server_error", message, status, retry_after_s=retry_after(headers))
-    if status == 400 and b"API_KEY_INVALID" in body:  # Gemini
+    if status == 400 and (b"API_KEY_INVALID" in body or message.startswith("Incorrect API key")):  # Gemini, xAI
         return Fault("unauthorized", message, status)
     named = {401: "unauthorized", 403: "forbidden", 404: "not_found", 405: "not_found"}
     kind = "content_filter" if error.code == "content_filter" else named.get(status, "bad_request")
@@ -256,7 +257,8 @@ def _error_in(body: bytes) -> _ErrorBody:
     try:
         data = json.loads(body)
     except (ValueError, RecursionError):
-        return _ErrorBody(text)
+        page = TITLE.search(text)  # of a proxy, or Cloudflare
+        return _ErrorBody(f"a web page: {page[1].strip()}" if page else text)
     if isinstance(data, list) and data:  # Gemini
         data = data[0]
     inner = data.get("error", data) if isinstance(data, dict) else data

@@ -182,6 +182,9 @@ def _why_nobody(fault: Fault, state: State) -> str:
         then = "top it up, or wait until it is renewed, and run the same command again"
         return f"{state.url}: the quota is used up ({fault.message}); {then}"
     said = f"{state.url} answers {fault.status} ({fault.message})"
-    if fault.error == "not_found" and "/v" not in urlsplit(state.url).path:
+    path = urlsplit(state.url).path
+    if fault.error == "not_found" and "/deployments/" in path:
+        return f"{said}; does the deployment have this name, and teacher.query an api-version?"
+    if fault.error == "not_found" and "/v" not in path:
         return f"{said}; should the URL end in /v1?"
     return f"{said}: {state.key}" if fault.error == "unauthorized" else said

@@ -622,3 +622,19 @@ def test_a_request_larger_than_a_minute_allows_fails_at_once(run: RunDir) -> Non
     with misbehaving(lambda asked: large if asked.text == "say 1" else answer()) as server:
         summary = generate(recipe_for(server, 4), run, quiet=True)
     assert (summary.answered, summary.errors, len(server.asked)) == (3, {"bad_request": 1}, 4)
+
+
+@pytest.mark.parametrize(
+    ("page", "message"),
+    [
+        (
+            "<!DOCTYPE html>\n<html><head>\n<title>Just a moment...</title></head></html>",
+            "a web page: Just a moment...",
+        ),
+        ("<html>\r\n<head><title> 502 Bad Gateway </title></head></html>", "a web page: 502 Bad Gateway"),
+        ("<html><title></title>Out</html>", "<html><title></title>Out</html>"),
+        ("upstream timed out", "upstream timed out"),
+    ],
+)
+def test_of_a_web_page_in_place_of_an_error_its_title_is_told(page: str, message: str) -> None:
+    assert read_error(502, page.encode(), {}).message == message

@@ -170,7 +170,10 @@ ROWS: dict[str, tuple[list[Answer | Fault], dict[str, Any]]] = {
         [error(400), error(403), read_answer(b"{}"), read_answer(b"[]")],
         {"refused_alike": REFUSED_ALIKE},
     ),
-    "401; 400 with `API_KEY_INVALID` (Gemini)": ([error(401), read_error(400, NO_KEY_OF_GEMINI, {})], {}),
+    "401; 400 for a wrong key (Gemini, xAI)": (
+        [error(401), read_error(400, NO_KEY_OF_GEMINI, {}), error(400, "Incorrect API key provided: na***ys.")],
+        {},
+    ),
     "404, 405, a redirect": ([error(404), error(405), error(308)], {}),
     "401, 404, 405 or a redirect while another endpoint is up": (
         [error(401), error(404), error(405), error(308)],
@@ -266,3 +269,10 @@ def test_a_url_without_its_version_that_answers_404_is_asked_about(url: str, dou
     verdict = decide(error(404, "Not Found"), asked(), State(url), CONFIG)
     assert isinstance(verdict, EndRun)
     assert verdict.message.endswith("; should the URL end in /v1?") == doubted
+
+
+def test_a_404_of_azure_names_the_deployment() -> None:
+    """Azure: `Resource not found` without an api-version, `DeploymentNotFound` for a wrong name."""
+    verdict = decide(error(404, "Resource not found"), asked(), State("https://n/openai/deployments/d"), CONFIG)
+    assert isinstance(verdict, EndRun)
+    assert verdict.message.endswith("does the deployment have this name, and teacher.query an api-version?")
