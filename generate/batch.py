@@ -21,7 +21,6 @@ from generate.batch_api import BatchApi
 from generate.batch_files import COLLECTED, ENDED, FULL, NO_LINE, NO_OUTCOME, Chunk, Folder, read_output
 from generate.budget import Budget, Reservation, known_price, most_of_batch, spend_under_way
 from generate.context import Run
-from generate.dialect import Dialect
 from generate.idset import IdSet
 from generate.jobs import Job, completed, failed
 from generate.reply import Answer, Fault
@@ -46,7 +45,7 @@ class Batches:
         self._run, self._config, self._url = run, run.recipe.generate, run.recipe.teacher.url
         self._folder = Folder(run.dir.path / "batches")
         self._api = BatchApi(run.recipe, self._folder.state.key)
-        self._dialect = Dialect()
+        self._dialect = run.dialect()  # each lesson costs the time of a batch
         self._done = IdSet()  # answered or failed for good, by this call
         self._tries: Counter[str] = Counter()  # of this call
         # Reserves as run.budget would, but in memory: no spend file counts what `batches/` says is under way.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from generate.budget import Budget
+from generate.dialect import Dialect
 from generate.idset import IdSet
 from generate.jobs import WHOLE, Job, Partition, build_jobs, shared
 from generate.journal import Journal
@@ -103,6 +104,16 @@ class Run:
         """Streams all jobs of the recipe without an answer, also those that failed for good and are left alone."""
         jobs = build_jobs(iter_prompts(self.recipe), self.recipe)
         return (job for job in jobs if job.request.id not in self.left.answered)
+
+    def dialect(self) -> Dialect:
+        """As the first of the recipe's answers was asked for: what the teacher refuses was learnt before it came."""
+        dialect, asked = Dialect(), IdSet()
+        for job in build_jobs(iter_prompts(self.recipe), self.recipe) if self.counters.resumed else ():
+            asked.add(job.request.id)
+        row = next((row for row in read_jsonl(self.dir.completions, Completion) if row.id in asked), None)
+        if row is not None:
+            dialect.ask_as(row.sampling, self.recipe.sampling.fields())
+        return dialect
 
     def jobs_to_send(self) -> Iterator[Job]:
         """As `jobs`, but the samples of a prompt are one job if the recipe says so."""

@@ -180,6 +180,26 @@ def test_what_the_teacher_refuses_is_learnt_from_its_error_file(
     assert not failures(run)
 
 
+def test_what_was_learnt_for_the_answers_of_a_run_is_not_learnt_again(run: RunDir) -> None:
+    """Each lesson takes the time of a batch: a day, at worst. The roles of messages are learnt again."""
+
+    def outcome(custom_id: str, body: dict[str, Any], number: int) -> dict[str, Any]:
+        for name in ("max_tokens", "temperature"):
+            if name in body:
+                message = f"Unsupported parameter: '{name}' is not supported. Use 'max_completion_tokens' instead."
+                return line(custom_id, 400, {"error": {"message": message, "param": name}})
+        return line(custom_id)
+
+    with fake_batches(outcome=outcome) as fake:
+        assert generate(batch_recipe(fake, 5), run, quiet=True).answered == 5
+        assert len(fake.batches) == 3
+        assert generate(batch_recipe(fake, 9), run, quiet=True).answered == 4
+        assert len(fake.batches) == 4
+    assert {frozenset(record.sampling) for record in completions(run)} == {
+        frozenset({"top_p", "max_completion_tokens", "seed"})
+    }
+
+
 def test_a_proxy_is_not_asked_for_batches_of_a_server_on_this_machine(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
