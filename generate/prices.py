@@ -17,6 +17,7 @@ from pipeline.teacher_config import TeacherConfig
 PICO = 10**12  # pico-dollars in a dollar: a price per token is a whole number of them
 PRICED_TOKENS = 100_000  # of a prompt; a longer one can cost more than the table says
 TABLE_TIERS = ("auto", "default", "flex")  # OpenAI's service_tier: what the table says, or less
+DEARER = ("models", "plugins", "web_search_options")  # OpenRouter's: others that may answer instead, and paid extras
 BATCH_SHARE = 0.5  # of the price, for batches: OpenAI's, Anthropic's and Google's
 
 SOURCES = {  # by how a model's name begins
@@ -103,7 +104,7 @@ def dearer_by(extra: Mapping[str, Any]) -> str | None:
     """The further field of a request that may make it dearer than the table says; None if none does."""
     if extra.get("service_tier", "default") not in TABLE_TIERS:
         return "service_tier"
-    return "models" if "models" in extra else None  # OpenRouter's: others that may answer instead
+    return next((name for name in DEARER if name in extra), None)
 
 
 def source_of(teacher: TeacherConfig) -> str | None:

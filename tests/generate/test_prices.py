@@ -88,6 +88,8 @@ def test_one_private_endpoint_of_several_leaves_the_price_open() -> None:
     [
         ({"service_tier": "priority"}, None, "service_tier"),
         ({"models": ["openai/gpt-5.5"]}, None, "models"),
+        ({"plugins": [{"id": "web"}]}, None, "plugins"),
+        ({"web_search_options": {}}, None, "web_search_options"),
         ({"service_tier": "flex"}, None, None),
         ({"service_tier": "priority"}, {"input": 3.5, "output": 14}, None),
     ],
