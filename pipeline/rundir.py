@@ -128,12 +128,9 @@ class RunDir:
                     "choose a directory on a local disk with --run"
                 ) from None
             os.set_inheritable(file.fileno(), True)  # the processes that share the work hold it too
-            try:
+            with naming(self.path / name):
                 file.truncate(0)
                 os.write(file.fileno(), str(os.getpid()).encode())
-            except OSError as error:
-                error.filename = file.name  # the error of a full disk names no file
-                raise
             yield
 
     def _take(self, file: TextIO) -> None:
@@ -165,6 +162,16 @@ class RunDir:
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError of the block names this file if it names none, as that of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Opens a file that replaces `path` if the block ends without an error. Otherwise `path` stays as it is.
 
@@ -172,15 +179,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_path(path.parent)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # the error of a full disk names no file
-        raise
+        with naming(path):
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            sync_path(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

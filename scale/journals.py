@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from generate.idset import IdSet
 from generate.journal import Journal
 from pipeline.records import Completion, Failure
+from pipeline.rundir import naming
 from scale.parts import Uploader, compact, part_names, read_new_rows, row_key
 from scale.storage import Store, retried
 
@@ -37,7 +38,7 @@ class StoredJournals:
         with journal.open("rb") as file:
             for line in filter(bytes.strip, file):  # a blank line is no row
                 local.add(row_key(line, kind))
-        with journal.open("ab") as file:
+        with naming(journal), journal.open("ab") as file:
             for line in self._rows(kind, stored):
                 if local.add(row_key(line, kind)):
                     file.write(line)

@@ -36,7 +36,7 @@ def open_work(work: Path, fingerprint: str, *, again: bool, console: Console) ->
                 console.print(f"{work}: checkpoints of other rows or settings, removed")
             shutil.rmtree(work)
         work.mkdir(parents=True)
-        (work / FINGERPRINT).write_text(fingerprint + (AGAIN if again else ""))
+        write_file(work / FINGERPRINT, (fingerprint + (AGAIN if again else "")).encode())
     for folder in sorted(work.glob("checkpoint-*"), key=_step):
         try:
             state = json.loads((folder / "trainer_state.json").read_bytes())  # written last: it closes a checkpoint

@@ -30,7 +30,7 @@ from pipeline.reasoning import reasoning_form
 from pipeline.recipe import Recipe
 from pipeline.records import Kept
 from pipeline.resources import GIB
-from pipeline.rundir import RunDir, share_files, sync_path, sync_tree, write_jsonl, writing_weights
+from pipeline.rundir import RunDir, share_files, sync_path, sync_tree, write_file, write_jsonl, writing_weights
 from pipeline.students import origin_of, trained_section
 from pipeline.train_config import FURTHER
 from pipeline.turns_and_tools import template_turns
@@ -361,9 +361,9 @@ def _publish(
     Then the checkpoints beside it have no more use. `section`: `train` of the lineage.
     """
     work, lineage = folder.parent, _with_training(run, section)
-    (folder / TRAINING_LOG).write_text(json.dumps(log, indent=1) + "\n")
+    write_file(folder / TRAINING_LOG, f"{json.dumps(log, indent=1)}\n".encode())
     write_lineage(RunDir(folder), lineage)
-    (folder / CARD).write_text(model_card(recipe, lineage), encoding="utf-8")
+    write_file(folder / CARD, model_card(recipe, lineage).encode())
     write_jsonl(work / run.test.name, test)
     share_files(folder)
     sync_tree(folder)  # an older student and the checkpoints go only when this one is on disk

@@ -12,8 +12,10 @@ import pytest
 from generate.idset import IdSet
 from pipeline.errors import DataError, DistillError
 from scale import parts
+from scale.journals import StoredJournals
 from scale.parts import Uploader, compact, part_name, part_names, read_new_rows, read_part
 from scale.storage import Folder, Store, open_store
+from tests.full_disk import full_disk
 
 KIND = "completions"
 
@@ -139,6 +141,17 @@ def test_a_damaged_part_is_one_clear_error(store: Store, data: bytes, words: str
     with pytest.raises(DataError, match=words) as caught:
         rows(store)
     assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_names_the_journal_that_a_part_did_not_fit_into(store: Store, tmp_path: Path) -> None:
+    journal = tmp_path / "home" / "completions.jsonl"
+    append(tmp_path / "theirs", line(1))
+    Uploader(store, "other", tmp_path / "theirs", KIND).upload(rest=True)
+    with full_disk(), pytest.raises(OSError, match="File too large") as raised:
+        StoredJournals(store, journal.parent, "me").merge(KIND)
+    assert raised.value.filename == str(journal)
+    StoredJournals(store, journal.parent, "me").merge(KIND)
+    assert journal.read_bytes() == line(1)
 
 
 def test_compacting_sorts_and_keeps_the_first_of_each(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from evaluate.models import subjects
 from pipeline.adapters import torn_file
@@ -13,7 +14,9 @@ from pipeline.errors import UsageError
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
 from pipeline.students import check_trained
+from tests.full_disk import full_disk
 from tests.tiny_student import make_recipe, make_run, story_rows, train_unsaved
+from train.checkpoints import open_work
 from train.preferences import start_of
 from train.publish.export import export_model
 from train.run import train_run
@@ -158,6 +161,12 @@ def test_a_full_disk_is_named_while_the_rows_are_tokenised(
     with pytest.raises(OSError, match="No space left on device") as raised:
         train_run(recipe, run)
     assert raised.value.filename == str(run.path / "training-rows")
+
+
+def test_a_full_disk_is_named_where_the_folder_of_checkpoints_begins(tmp_path: Path) -> None:
+    with full_disk(), pytest.raises(OSError, match="File too large") as raised:
+        open_work(tmp_path / "training", "a fingerprint", again=False, console=Console())
+    assert raised.value.filename == str(tmp_path / "training" / "fingerprint")
 
 
 def test_an_adapter_that_names_no_base_is_one_clear_error(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from pipeline.lineage import read_lineage, record_lineage
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
 from pipeline.students import trained_section
+from tests.full_disk import full_disk
 from tests.tiny_student import make_recipe, make_run, story_rows
-from train.run import train_run
+from train.run import _publish, train_run
 
 
 @pytest.fixture
@@ -54,6 +55,18 @@ def test_a_full_disk_at_the_last_step_leaves_the_older_student_and_its_lineage(
     train_run(other(student), run)
     section = read_lineage(run)["train"]
     assert section == trained_section(run.student) and section["hyperparameters"]["learning_rate"] == 2e-3
+
+
+@pytest.mark.parametrize(("room", "file"), [(0, "training_log.json"), (3000, "README.md")])
+def test_a_full_disk_names_the_file_of_a_student_that_did_not_fit(
+    tmp_path: Path, room: int, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run", [])
+    (folder := run.path / "training" / "student").mkdir(parents=True)
+    monkeypatch.setattr(train.run, "model_card", lambda *_: "x" * 4000)
+    with full_disk(room), pytest.raises(OSError, match="File too large") as raised:
+        _publish(folder, {}, {}, make_recipe("student"), run, [])
+    assert raised.value.filename == str(folder / file)
 
 
 def test_a_new_student_has_no_scores_of_the_one_before_it(student: str, run: RunDir) -> None:

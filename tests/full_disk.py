@@ -1,0 +1,16 @@
+"""A disk that is full: files of this process do not grow, and the error of a write names no file."""
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def full_disk(room: int = 0) -> Iterator[None]:
+    """A file may have so many bytes until the block ends; more are refused with EFBIG ("File too large")."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
