@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.adapters import torn_file
+from pipeline.errors import UsageError
 from pipeline.rundir import write_file
 
 FINGERPRINT = "fingerprint"  # in the folder: which training its checkpoints belong to
@@ -22,6 +23,16 @@ def training_in(work: Path) -> str:
 def _step(checkpoint: Path) -> int:
     step = checkpoint.name.partition("-")[2]
     return int(step) if step.isdecimal() else 0  # a folder of the user's own is no whole checkpoint
+
+
+def check_no_link(*folders: Path) -> None:
+    """Raises UsageError if one of these folders, which are renamed when the student is there, is a link."""
+    for folder in folders:
+        if folder.is_symlink():
+            raise UsageError(
+                f"{folder}: a link to {folder.readlink()}, but a training puts a folder of its own there; remove the "
+                "link (for another disk, choose a run there with --run)"
+            )
 
 
 def open_work(work: Path, fingerprint: str, *, again: bool, console: Console) -> None:

@@ -34,7 +34,7 @@ from pipeline.rundir import RunDir, share_files, sync_path, sync_tree, write_fil
 from pipeline.students import origin_of, trained_section
 from pipeline.train_config import FURTHER
 from pipeline.turns_and_tools import template_turns
-from train.checkpoints import AGAIN, FINGERPRINT, open_work, training_in
+from train.checkpoints import AGAIN, FINGERPRINT, check_no_link, open_work, training_in
 from train.checks.before import check_on_policy, extra_needed
 from train.checks.data import row_checks, token_checks
 from train.checks.pair import pair_checks
@@ -104,6 +104,7 @@ def train_run(
         if processes.lead_in_folder:
             _complete(recipe, run, work, parts)
         return
+    check_no_link(run.student, run.student_sft, work)
     logprobs = run.logprobs if recipe.train.kd.teacher == "stored" else run.teacher_logprobs
     setting = Setting(recipe.train, work, console, processes, recipe.teacher, logprobs)
     with extra_needed():

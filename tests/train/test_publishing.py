@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import train.run
+from pipeline.errors import UsageError
 from pipeline.lineage import read_lineage, record_lineage
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
@@ -67,6 +68,17 @@ def test_a_full_disk_names_the_file_of_a_student_that_did_not_fit(
     with full_disk(room), pytest.raises(OSError, match="File too large") as raised:
         _publish(folder, {}, {}, make_recipe("student"), run, [])
     assert raised.value.filename == str(folder / file)
+
+
+@pytest.mark.parametrize("name", ["student", "student-sft", "training"])
+def test_a_link_in_the_place_of_a_folder_that_is_renamed_is_told_before_the_training(
+    student: str, tmp_path: Path, name: str
+) -> None:
+    run = make_run(tmp_path / "run", story_rows(12))
+    (run.path / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match=rf"run/{name}: a link to .*elsewhere, but .*; remove the link"):
+        train_run(make_recipe(student), run)
+    assert not (tmp_path / "elsewhere").exists() and not run.checks.exists()
 
 
 def test_a_new_student_has_no_scores_of_the_one_before_it(student: str, run: RunDir) -> None:
