@@ -75,6 +75,7 @@ def staged(paths: Sequence[Path], stale: Sequence[Path] = ()) -> Iterator[Sequen
     All are on disk before the first is renamed, and no interrupt comes between the renames. Then `stale` files go away.
     """
     temporaries = [path.with_name(path.name + ".tmp") for path in paths]
+    left = "no old file was replaced"
     try:
         with ExitStack() as stack:
             files = [stack.enter_context(temporary.open("wb")) for temporary in temporaries]
@@ -82,6 +83,7 @@ def staged(paths: Sequence[Path], stale: Sequence[Path] = ()) -> Iterator[Sequen
             for file in files:
                 file.flush()
                 os.fsync(file.fileno())
+        left = "some old files may be replaced: run the filters again"
         with _interrupts_held():
             for temporary, path in zip(temporaries, paths, strict=True):
                 temporary.replace(path)
@@ -89,9 +91,7 @@ def staged(paths: Sequence[Path], stale: Sequence[Path] = ()) -> Iterator[Sequen
                 path.unlink(missing_ok=True)
             sync_path(paths[0].parent)
     except OSError as error:
-        raise DistillError(
-            f"{error.filename or paths[0].parent}: {error.strerror}; no old file was replaced"
-        ) from error
+        raise DistillError(f"{error.filename or paths[0].parent}: {error.strerror}; {left}") from error
     finally:
         for temporary in temporaries:
             temporary.unlink(missing_ok=True)

@@ -319,6 +319,15 @@ def test_an_interrupt_between_the_renames_waits(tmp_path: Path, monkeypatch: pyt
     assert [path.read_bytes() for path in paths] == [b"new", b"new"]
 
 
+def test_a_file_that_cannot_be_replaced_says_that_others_were(tmp_path: Path) -> None:
+    paths = [tmp_path / "kept", tmp_path / "dropped"]
+    paths[1].mkdir()  # no file can take its place
+    told = r"dropped.*; some old files may be replaced: run the filters again"
+    with pytest.raises(DistillError, match=told), staged(paths) as files:
+        files[0].write(b"new")
+    assert paths[0].read_bytes() == b"new" and {*tmp_path.iterdir()} == {*paths}
+
+
 @pytest.mark.parametrize("name", ["kept.jsonl", "dropped.jsonl"])
 def test_a_damaged_output_says_what_to_do(stage: Stage, name: str) -> None:
     stage.completions()
