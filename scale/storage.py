@@ -139,7 +139,7 @@ class Folder:
                 return None
 
     def download(self, name: str, path: Path) -> bool:
-        with self._explained(name):
+        with self._explained(f"{name} → {path}"):  # either disk may be full
             if not (self._path / name).is_file():
                 return False
             shutil.copyfile(self._path / name, path)
@@ -229,7 +229,7 @@ class Bucket:
                 return None
 
     def download(self, name: str, path: Path) -> bool:
-        with self._explained(name):
+        with self._explained(f"{name} → {path}"):  # the disk may be full
             try:
                 found = self._store.get(name)
             except FileNotFoundError:

@@ -15,6 +15,7 @@ from pipeline.errors import DataError, DistillError, UsageError
 from scale import run_lease
 from scale.run_lease import Lease, TakenOver
 from scale.storage import Folder, Store, TryAgain, open_store, retried
+from tests.full_disk import full_disk
 from tests.servers.object_storage import post
 
 
@@ -39,6 +40,12 @@ def test_a_download_of_what_is_not_there_says_so_and_writes_nothing(store: Store
         assert not (tmp_path / "copy").exists()
     assert store.download("a/b", tmp_path / "copy") is True
     assert (tmp_path / "copy").read_bytes() == b"1"
+
+
+def test_a_full_disk_names_the_file_that_a_download_did_not_fit_into(store: Store, tmp_path: Path) -> None:
+    store.put("a/b", b"1")
+    with full_disk(), pytest.raises(DistillError, match=f"/a/b → {tmp_path}/copy: .*File too large"):
+        store.download("a/b", tmp_path / "copy")
 
 
 def test_of_two_that_put_one_name_one_succeeds(store: Store) -> None:
