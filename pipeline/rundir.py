@@ -163,7 +163,7 @@ class RunDir:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError of the block names this file if it names none, as that of a full disk does not."""
+    """An OSError of the block names this file if it names none, as that of a full disk or of a lock does not."""
     try:
         yield
     except OSError as error:
@@ -195,7 +195,8 @@ def waiting_lock(path: Path) -> Iterator[None]:
     """Holds this lock file; while another process holds it, waits. The kernel drops the lock with the process."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with naming(path):
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

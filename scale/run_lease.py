@@ -20,6 +20,7 @@ import msgspec
 from msgspec.structs import replace
 
 from pipeline.errors import DistillError, UsageError
+from pipeline.rundir import naming
 from scale.storage import Store, read_record, retried
 
 BEAT_S = 5.0
@@ -139,9 +140,10 @@ def _check_stale(url: str, holder: Holder, *, take_over: bool) -> None:
 @contextmanager
 def held(folder: Path) -> Iterator[int]:
     """Holds the local folder for this process and its child. Raises UsageError if another process has it."""
-    with (folder / ".stored.lock").open("w") as file:
+    with (lock := folder / ".stored.lock").open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with naming(lock):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(
                 f"{folder}: another command on this machine works on this run; wait for it or stop it"

@@ -1,5 +1,7 @@
-"""A disk that is full: files of this process do not grow, and the error of a write names no file."""
+"""A disk that is full, and one without locks: the errors name no file."""
 
+import errno
+import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,3 +16,8 @@ def full_disk(room: int = 0) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def without_locks(*_: object) -> None:
+    """Stands where `flock` is, as on some network file systems."""
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))

@@ -20,7 +20,7 @@ from filters.rows import filtered_rows
 from pipeline.errors import DataError, UsageError
 from pipeline.instructions import INSTRUCTIONS
 from pipeline.records import Completion, Dropped, Slots, encode_line, read_json, said
-from pipeline.rundir import RunDir, write_jsonl
+from pipeline.rundir import RunDir, naming, write_jsonl
 
 KEPT = "kept"  # the stratum of the answers that were kept; the others are named by their rule
 SAMPLE_FILES = "review_sample.json and reviews.jsonl"  # without them the next review draws its sample anew
@@ -123,7 +123,8 @@ class Session(AbstractContextManager["Session"]):
         run.check_there()
         self._file: BinaryIO = run.reviews.open("a+b", buffering=0)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with naming(run.reviews):
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._file.close()
             raise UsageError(f"{run.reviews}: another review of this run is open; go on there, or end it") from None

@@ -29,6 +29,7 @@ from pipeline.recipe import load_recipe
 from pipeline.records import Dropped, Kept, Message, Reason, encode_line
 from pipeline.rundir import RunDir
 from tests.completion_fields import completion_fields
+from tests.full_disk import without_locks
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = "/usr/bin/chromium"
@@ -159,6 +160,13 @@ def test_a_full_disk_takes_no_verdict_and_loses_none(run: RunDir, monkeypatch: p
         monkeypatch.undo()
         session.record("skip")
     assert [*read_reviews(run)] == [first, second]
+
+
+def test_a_file_system_without_locks_names_the_reviews(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fcntl.flock", without_locks)
+    with pytest.raises(OSError, match="No locks available") as caught:
+        Session(run, size=20, seed=0)
+    assert caught.value.filename == str(run.reviews)
 
 
 def test_the_page_says_that_the_disk_is_full(run: RunDir, browser_page: Page) -> None:

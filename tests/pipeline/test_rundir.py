@@ -15,7 +15,8 @@ from pipeline.errors import DataError, DistillError, RecipeError, UsageError
 from pipeline.lineage import read_lineage, record_lineage, write_lineage
 from pipeline.recipe import load_recipe
 from pipeline.records import Message, Prompt, encode_line, read_jsonl
-from pipeline.rundir import CHAIN_LOCK, RunDir, replacing, replacing_folder, writing_weights
+from pipeline.rundir import CHAIN_LOCK, RunDir, replacing, replacing_folder, waiting_lock, writing_weights
+from tests.full_disk import without_locks
 
 
 def test_a_second_process_on_a_run_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
@@ -99,6 +100,15 @@ def test_a_lock_on_a_full_disk_names_its_file(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(OSError, match="No space left") as caught, RunDir(tmp_path).locked():
         pass
     assert caught.value.filename == str(tmp_path / ".lock")
+
+
+def test_a_file_system_without_locks_names_the_lock_that_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    with pytest.raises(OSError, match="No locks available") as caught, waiting_lock(tmp_path / "lock"):
+        pass
+    assert caught.value.filename == str(tmp_path / "lock")
 
 
 def test_a_new_name_is_on_disk_before_the_block_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

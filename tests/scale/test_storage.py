@@ -15,7 +15,7 @@ from pipeline.errors import DataError, DistillError, UsageError
 from scale import run_lease
 from scale.run_lease import Lease, TakenOver
 from scale.storage import Folder, Store, TryAgain, open_store, retried
-from tests.full_disk import full_disk
+from tests.full_disk import full_disk, without_locks
 from tests.servers.object_storage import post
 
 
@@ -195,6 +195,15 @@ def test_a_run_that_was_removed_from_its_store_is_one_clear_error(store: Store) 
         with pytest.raises(DistillError, match="the run has been removed from there"):
             sign()
     assert store.names() == []
+
+
+def test_a_file_system_without_locks_names_the_lock_of_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fcntl.flock", without_locks)
+    with pytest.raises(OSError, match="No locks available") as caught, run_lease.held(tmp_path):
+        pass
+    assert caught.value.filename == str(tmp_path / ".stored.lock")
 
 
 def test_storage_that_ignores_the_condition_is_refused(tmp_path: Path) -> None:
