@@ -27,7 +27,7 @@ from filters.run import recipe_rules
 from filters.trials import parse_shares
 from generate.journal import read_journal
 from generate.prompts import PromptRow, make_prompt
-from generate.run import pending
+from generate.run import pending, unasked
 from pipeline.errors import DataError, UsageError
 from pipeline.lineage import read_lineage, write_lineage
 from pipeline.prompts_config import PromptsConfig
@@ -174,6 +174,12 @@ def _teachers(setup: Setup) -> Design:
     asked = read_lineage(other).get("generate", {}).get("teacher", {}).get("asked", wanted)
     if asked != wanted and other.completions.is_file() and other.completions.stat().st_size:
         raise UsageError(f"{other.path}: it holds the answers of {asked}, not of {wanted}; remove this folder")
+    for run, own, fix in ((setup.base, [], "name another --run"), (other, flags, "remove this folder")):
+        if more := unasked(load_recipe(setup.path, [*setup.flags, *own]), run):
+            raise UsageError(
+                f"{run.path}: the recipe does not ask for {more:,} of its answers (other prompts, sampling or URL), "
+                f"so the teachers' prompts would differ; give the values that it was made with, or {fix}"
+            )
     _answered(setup, other, *flags, anew=True)  # both: a run of an earlier recipe would have other prompts and rules
     base = _answered(setup, setup.base, anew=True)
     rows = {"A": setup.rows(base), "B": setup.rows(other)}

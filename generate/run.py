@@ -19,6 +19,7 @@ from generate.batch_files import COLLECTED, under_way
 from generate.client import check_teacher
 from generate.context import Left, Outcome, Run, opened_run
 from generate.event_loop import on_signals, run_loop
+from generate.idset import IdSet
 from generate.journal import read_journal
 from generate.metrics import served
 from generate.online import send_from_here
@@ -135,6 +136,17 @@ def pending(recipe: Recipe, run: RunDir) -> int:
         if counters.left:
             return counters.left
     return 0
+
+
+def unasked(recipe: Recipe, run: RunDir) -> int:
+    """How many answers of a run the recipe does not ask for: of other prompts, sampling, model or endpoint."""
+    if not run.completions.is_file() or not (answered := read_journal(run.completions, Completion).ids):
+        return 0
+    *_, (asking, _) = passes(recipe, run)
+    counters = Counters()
+    for _ in Left(answered, IdSet(), retry_failures=False).survey(asking, counters):
+        pass
+    return len(answered) - counters.resumed
 
 
 def check_stored(recipe: Recipe, run: RunDir) -> None:

@@ -83,8 +83,8 @@ def recipe(models: Path, tmp_path: Path) -> Path:
     return path
 
 
-def answer(run: RunDir, recipe: Recipe, *, usd: float | None = None) -> None:
-    """What `generate` would leave: every fourth answer too short, one said twice."""
+def answer(run: RunDir, recipe: Recipe, *, usd: float | None = None, twin: bool = False) -> None:
+    """What `generate` would leave: every fourth answer too short. `twin`: one said twice, which nothing asks for."""
     run.path.mkdir(parents=True, exist_ok=True)
     run.prompts.write_bytes(b"".join(map(encode_line, iter_prompts(recipe))))
     lines = []
@@ -92,7 +92,8 @@ def answer(run: RunDir, recipe: Recipe, *, usd: float | None = None) -> None:
         text = "Too short." if number % (PROMPTS // SHORT) == 1 else f"Once there was a cat, number {number}. It sat."
         own = {name: getattr(job.request, name) for name in ("prompt_id", "messages", "slots")}
         lines.append(Completion(**completion_fields(job.request.id, text, **own, model=recipe.teacher.model)))
-    lines.append(Completion(**completion_fields("twin", lines[0].text, prompt_id="t")))
+    if twin:
+        lines.append(Completion(**completion_fields("twin", lines[0].text, prompt_id="t")))
     run.completions.write_bytes(b"".join(map(encode_line, lines)))
     spent = {"tokens": 1000, "usd": usd}
     made = {"requests": len(lines), "prompts": {"distinct": len(lines)}, "teacher": {"asked": recipe.teacher.model}}
@@ -136,7 +137,7 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def run(recipe: Path, tmp_path: Path, stages: list[str]) -> RunDir:
     """A run that is answered and filtered: 24 answers and a twin, 6 too short."""
     made = RunDir(tmp_path / "run")
-    answer(made, load_recipe(recipe, []), usd=1.0)
+    answer(made, load_recipe(recipe, []), usd=1.0, twin=True)
     filters.__main__.main([str(recipe), "--run", str(made.path)])
     return made
 
@@ -305,6 +306,13 @@ def test_another_teacher_has_its_own_run_and_its_price(
 ) -> None:
     with pytest.raises(UsageError, match="teachers needs the other teacher: --b-model"):
         experiment("teachers", recipe, run)
+    with pytest.raises(UsageError, match=r"run: the recipe does not ask for 1 of its answers .*name another --run"):
+        experiment("teachers", recipe, run, "--b-model", "other")
+    answer(run, load_recipe(recipe, []), usd=1.0)
+    filters.__main__.main([str(recipe), "--run", str(run.path)])
+    with pytest.raises(UsageError, match=r"does not ask for 4 of its answers .*so the teachers' prompts would differ"):
+        experiment("teachers", recipe, run, "--b-model", "other", "--prompts.count", str(PROMPTS - 4))
+    assert not stages  # the other teacher is asked nothing
     folder = experiment("teachers", recipe, run, "--b-model", "other", "--b-url", "https://other.example/v1")
     assert stages[:2] == ["generate b", "filters b"]
     test = list(read_jsonl(folder / "test.jsonl", Kept))
@@ -327,6 +335,9 @@ def test_another_teacher_has_its_own_run_and_its_price(
         assert all("Too short." in {row.text for row in kept(folder / name)} for name in "ab")
     with pytest.raises(UsageError, match="b: it holds the answers of other, not of third; remove this folder"):
         experiment("teachers", recipe, run, "--b-model", "third")
+    with pytest.raises(UsageError, match=r"b: the recipe does not ask for 26 of its answers .*or remove this folder"):
+        another = ["--b-model", "other", "--b-url", "http://b.example/v1"]
+        experiment("teachers", recipe, run, "--prompts.count", "26", *another)
     RunDir(folder / "b").completions.write_bytes(b"")  # as where every request has failed
     options.b_model = "third"
     setup = Setup(load_recipe(recipe, flags), recipe, flags, run, folder, options, recipe.read_bytes())
