@@ -26,6 +26,8 @@ Value = TypeVar("Value")
 CLOUDS = ("s3", "gs")
 HIDDEN = "."  # begins the name of a file that a folder is still writing
 LARGE = 5 * 1024 * 1024  # bytes of a file that goes up in more than one request
+REQUEST_S, FILE_S = 30.0, 24 * 3600.0  # for a request, and for one of a whole file, of any size on a slow line
+SILENT_S = 300.0  # without a byte of such a file; up go 12 requests at once, of LARGE bytes each
 WAITS_S = (0.1, 0.2, 0.4, 0.8, 1.6)  # after an attempt to change an object
 
 
@@ -194,13 +196,17 @@ class Bucket:
         if endpoint and not re.match("https?://", endpoint):
             raise UsageError(f"AWS_ENDPOINT_URL is {endpoint}; begin it with http:// or https://")
         try:
-            self._store, self._once = (
+            self._store, self._once, self._files = (
                 store.from_url(
                     url,
-                    client_options={"allow_http": endpoint.startswith("http://")},
-                    retry_config={"max_retries": retries, "retry_timeout": timedelta(seconds=60)},
+                    client_options={
+                        "allow_http": endpoint.startswith("http://"),
+                        "timeout": timedelta(seconds=most_s),
+                        "read_timeout": timedelta(seconds=SILENT_S),
+                    },
+                    retry_config={"max_retries": retries, "retry_timeout": timedelta(seconds=2 * most_s)},
                 )
-                for retries in (5, 0)
+                for retries, most_s in ((5, REQUEST_S), (0, REQUEST_S), (5, FILE_S))
             )
         except (exceptions.BaseError, ValueError) as error:
             raise UsageError(f"{url}: no URL of a bucket and a path: {first_line(str(error))}") from None
@@ -216,7 +222,7 @@ class Bucket:
     def put(self, name: str, data: bytes | Path) -> None:
         with self._explained(name):
             if isinstance(data, Path) and data.stat().st_size > LARGE:
-                self._store.put(name, data)
+                self._files.put(name, data)
                 return
         with self._explained(name, TryAgain):
             self._once.put(name, data)
@@ -231,7 +237,7 @@ class Bucket:
     def download(self, name: str, path: Path) -> bool:
         with self._explained(f"{name} → {path}"):  # the disk may be full
             try:
-                found = self._store.get(name)
+                found = self._files.get(name)
             except FileNotFoundError:
                 return False
             with path.open("wb") as file:

@@ -12,7 +12,7 @@ import pytest
 from moto.server import DomainDispatcherApplication
 
 from pipeline.errors import DataError, DistillError, UsageError
-from scale import run_lease
+from scale import run_lease, storage
 from scale.run_lease import Lease, TakenOver
 from scale.storage import Folder, Store, TryAgain, open_store, retried
 from tests.full_disk import full_disk, without_locks
@@ -104,6 +104,32 @@ def test_what_cannot_be_read_at_the_moment_may_be_read_again(
     monkeypatch.setattr(DomainDispatcherApplication, "__call__", slow_down)
     with pytest.raises(TryAgain, match=r"/a: .*503"):
         store.get("a")
+
+
+def test_a_large_file_may_take_longer_than_a_request(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a student does on a slow line; a request and all further attempts of it have 8 s here."""
+    monkeypatch.setattr(storage, "REQUEST_S", 4.0)
+    store, answers, here = open_store(f"s3://bucket/{tmp_path.name}"), DomainDispatcherApplication.__call__, tmp_path
+    (here / "big").write_bytes(b"x" * 6_000_000)
+    store.put("down", here / "big")
+
+    def slow(self: Any, environ: dict[str, Any], start: Callable[..., object]) -> Iterable[bytes]:
+        body = b"".join(answers(self, environ, start))
+        for begin in range(0, len(body), 1_000_000):
+            time.sleep(1.6)
+            yield body[begin : begin + 1_000_000]
+        if environ["REQUEST_METHOD"] == "PUT":
+            time.sleep(9.6)
+
+    monkeypatch.setattr(DomainDispatcherApplication, "__call__", slow)
+    with ThreadPoolExecutor(2) as pool:
+        up, down = pool.submit(store.put, "up", here / "big"), pool.submit(store.download, "down", here / "copy")
+        up.result()
+        assert down.result()
+    monkeypatch.undo()
+    assert (here / "copy").read_bytes() == store.get("up") == (here / "big").read_bytes()
 
 
 @pytest.mark.parametrize(
