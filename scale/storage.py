@@ -269,7 +269,9 @@ def _cause(message: str) -> str:
     """What an object store answered, in one line."""
     found = re.search(r"<Code>(.*?)</Code>.*?<Message>(.*?)</Message>", message, re.DOTALL)
     cause = f"{found[1]}: {found[2]}" if found else first_line(message)
-    if re.search(r"\b40[13]\b|169\.254|metadata\.google|redential", message):
+    if "AuthorizationHeaderMalformed" in message or "configured region" in message:
+        return f"{cause}; set AWS_REGION to the bucket's region"
+    if re.search(r"\b40[13]\b|169\.254|metadata\.google|redential|(Expired|Invalid)Token", message):
         return f"no access ({cause}); set the variables for the cloud's credentials (docs/storage.md)"
     if "NoSuchBucket" in message:
         return f"{cause}; make the bucket, or correct its name or AWS_ENDPOINT_URL"

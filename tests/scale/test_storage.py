@@ -178,6 +178,29 @@ def test_no_access_says_what_to_set(server: str) -> None:
         post(server, "reset-auth", b"inf")
 
 
+@pytest.mark.parametrize(
+    ("status", "code", "words"),
+    [
+        ("400 Bad Request", b"ExpiredToken", r"no access \(ExpiredToken: words\); set the variables for the cloud"),
+        ("400 Bad Request", b"InvalidToken", r"no access \(InvalidToken: words\); set the variables for the cloud"),
+        ("400 Bad Request", b"AuthorizationHeaderMalformed", "Malformed: words; set AWS_REGION to the bucket's region"),
+        ("301 Moved Permanently", b"PermanentRedirect", "region; set AWS_REGION to the bucket's region"),
+    ],
+)
+def test_what_s3_refuses_says_what_to_set(
+    server: str, monkeypatch: pytest.MonkeyPatch, status: str, code: bytes, words: str
+) -> None:
+    """Expired credentials, and a bucket in another region, as Amazon's list of error codes has them."""
+
+    def refuse(self: Any, environ: dict[str, Any], start: Callable[..., object]) -> Iterable[bytes]:
+        start(status, [("Content-Type", "application/xml")])
+        return [b"<Error><Code>%s</Code><Message>words</Message></Error>" % code]
+
+    monkeypatch.setattr(DomainDispatcherApplication, "__call__", refuse)
+    with pytest.raises(DistillError, match=words):
+        open_store("s3://bucket/run")
+
+
 def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "obstore", None)
     with pytest.raises(UsageError, match=r"pip install -e \.\[storage\]"):
