@@ -169,7 +169,7 @@ def _pool(setup: Setup, base: RunDir, test: Sequence[Kept]) -> RunDir:
 
 def _teachers(setup: Setup) -> Design:
     """The same prompts, rules and student; another teacher, with its own answers."""
-    flags = _other_teacher(setup.recipe.teacher, setup.options)
+    flags = other_teacher(setup.recipe.teacher, setup.options)
     other, wanted = RunDir(setup.folder / "b"), setup.options.b_model
     asked = read_lineage(other).get("generate", {}).get("teacher", {}).get("asked", wanted)
     if asked != wanted and other.completions.is_file() and other.completions.stat().st_size:
@@ -190,7 +190,7 @@ def _teachers(setup: Setup) -> Design:
     return Design(arms, _by_source(rows, test), note)
 
 
-def _other_teacher(first: TeacherConfig, options: Namespace) -> list[str]:
+def other_teacher(first: TeacherConfig, options: Namespace) -> list[str]:
     """The flags of the second teacher: at a URL of its own without the first one's key and other servers.
 
     Raises UsageError if the first one's headers would be sent there.

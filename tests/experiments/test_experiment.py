@@ -44,6 +44,7 @@ SHORT = 6  # of them have answers that the rules drop
 USD = {"other": 3.0}
 TOOLS = '[{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]'
 LENGTH = '[{"rule": "length"}]'
+OTHER, AT_B = ["--b-model", "m"], ["--b-url", "http://b/v1"]
 
 
 @pytest.fixture
@@ -448,6 +449,8 @@ def test_what_no_arm_could_do_is_said_before_anything_is_paid(recipe: Path, stag
         ("keep-rate", ["--train.method", "dpo"], "keep-rate: train.method dpo learns from pairs"),
         ("keep-rate", ["--shares", "30;50"], "--shares wants percents from 1 to 100"),
         ("teachers", ["--teacher.model", "m", "--b-model", "m"], "--b-model m: this is the recipe's own teacher"),
+        ("teachers", ["--filters.judge", "{}", *OTHER], r"the other by m at .*set filters\.judge\.model"),
+        ("teachers", ["--evaluate.judge", '{"model": "j"}', *OTHER, *AT_B], "by j at .* by j at http://b/v1; set"),
         ("seeds", ["--evaluate.models", f'["{tmp_path}/none"]'], "none: the folder is not there"),
         ("seeds", ["--evaluate.verify", '[{"rule": "sql"}]'], r"evaluate\.verify\[0\]"),
         ("seeds", ["--evaluate.probes_file", str(tmp_path / "none.jsonl")], r"evaluate\.probes_file"),
