@@ -96,6 +96,9 @@ def run_stage(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         print(GO_ON, file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except ImportError as error:  # a target of Make sets up what its own stage needs
+        print(f"error: {error}; `make setup` installs the packages of all stages", file=sys.stderr)
+        sys.exit(UsageError.exit_code)
     except BrokenPipeError:
         _discard_output(1)
         sys.exit(1)

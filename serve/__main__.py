@@ -23,6 +23,7 @@ from pipeline.serve_config import ServeConfig
 from pipeline.students import AFTER, BEFORE, TEACHER
 from serve.command import Command, build_command, merge_args, port_number, serve_settings
 from serve.named import KEYS, NAMES, address_of, reference_of, under_both_names
+from serve.server import serving
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -42,11 +43,6 @@ def main(argv: list[str] | None = None) -> None:
     if options.print:
         print(command_to_show(model, name, host, port, config).shell())
         return
-    try:
-        from serve.server import serving
-    except ImportError as error:
-        raise UsageError(f"serving needs the `serve` or `serve-cpu` extra: {error}; run `make serve`") from None
-
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     log = run.path / f"serve-{port}.log"
     console.print(f"starting vLLM for {name}; its log: {log}")
@@ -74,10 +70,7 @@ def _on_cluster(recipe: Recipe, run: RunDir, options: argparse.Namespace) -> NoR
     if options.model != TEACHER:
         name = NAMES.get(options.model, options.model)
         raise UsageError(f"--cluster serves the teacher, not --model {name}; name it by --teacher.model")
-    try:
-        from scale.serving import Model, serve_on_cluster
-    except ImportError as error:
-        raise UsageError(f"serving needs the `serve` or `serve-cpu` extra: {error}; run `make serve`") from None
+    from scale.serving import Model, serve_on_cluster
 
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     teacher, file = recipe.teacher.model, recipe.teacher.urls_file or run.path.absolute() / "urls.txt"

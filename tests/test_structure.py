@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "scale": {"filters", "generate", "pipeline", "serve", "train"},
     "benchmarks": {"chain", "evaluate", "experiments", "filters", "generate", "pipeline", "scale", "serve", "train"},
 }
+INSTALLED = sorted(MAY_IMPORT.keys() - {"benchmarks"})
 ON_A_CLUSTER = {"scale"}  # what a command line imports in a function, when it is asked for
 HEAVY = {"accelerate", "datasets", "obstore", "peft", "ray", "torch", "transformers", "trl", "vllm"}
 ROOT = Path(__file__).parents[1]
@@ -68,7 +69,25 @@ def test_the_client_and_the_filters_stay_light() -> None:
     assert not loaded & HEAVY
 
 
-@pytest.mark.parametrize("package", sorted(MAY_IMPORT.keys() - {"benchmarks"}))
+def test_every_command_can_say_which_extra_is_missing() -> None:
+    """It starts with what `make generate` has installed, and imports the packages of an extra when it needs them."""
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    always = {_normalised(re.split(r"[\[=<>;\s]", line)[0]) for line in needed}
+    imported = {module for package in INSTALLED for module in imports_of(package)}
+    known = packages_distributions()
+    extra = [
+        name for name in imported & known.keys() - set(MAY_IMPORT) if always.isdisjoint(map(_normalised, known[name]))
+    ]
+    stages = set(re.findall(r"\$\(PY\) -m ([\w.]+)", (ROOT / "Makefile").read_text(encoding="utf-8")))
+    ours = [name for name in stages if name.split(".")[0] in INSTALLED]
+    modules = [f"{name}.__main__" if (ROOT / name.replace(".", "/")).is_dir() else name for name in ours]
+    code = f"import importlib, sys\nsys.modules.update(dict.fromkeys({extra!r}))\n"
+    code += f"for name in {modules!r}: importlib.import_module(name)"
+    assert {"torch", "ray", "fastapi"} <= set(extra) and {"train.__main__", "chat.__main__"} <= set(modules)
+    subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("package", INSTALLED)
 def test_each_package_name_is_ours(package: str) -> None:
     assert set(packages_distributions()[package]) == {"distillate"}
 
@@ -81,7 +100,7 @@ def test_every_package_that_is_imported_is_declared() -> None:
     known = packages_distributions()
     undeclared = {
         module: sorted(known.get(module, ["not installed"]))
-        for package in sorted(MAY_IMPORT.keys() - {"benchmarks"})  # they also measure packages that are not needed
+        for package in INSTALLED  # the benchmarks also measure packages that are not needed
         for module in imports_of(package) - set(MAY_IMPORT) - sys.stdlib_module_names
         if not declared & {_normalised(name) for name in known.get(module, [module])}
     }

@@ -24,6 +24,11 @@ from pipeline.errors import BudgetReached, DataError, DistillError, RecipeError,
         (BudgetReached("budget.usd 1.00"), 3, "stopped: budget.usd 1.00\n"),
         (RequestsFailed("2 of 9 requests failed"), 4, "stopped: 2 of 9 requests failed\n"),
         (KeyboardInterrupt(), 130, "interrupted: run the same command again to go on\n"),
+        (
+            ModuleNotFoundError("No module named 'torch'"),
+            2,
+            "error: No module named 'torch'; `make setup` installs the packages of all stages\n",
+        ),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x"), 1, "error: runs/x: No space left on device\n"),
         (  # of a copy, whose source is named first
             OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/y", None, "runs/x"),

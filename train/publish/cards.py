@@ -11,10 +11,8 @@ import shlex
 from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path, PurePath, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
-from huggingface_hub.repocard_data import CardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.instructions import system_of_student
@@ -26,6 +24,9 @@ from pipeline.students import AFTER
 from train.checks.licences import LicenceChain, Terms, licence_table, model_name, on_the_hub, strictest, terms_of
 from train.checks.pair import OUR_TAG, teachers_terms, told_only
 from train.teacher import known_files, read_card
+
+if TYPE_CHECKING:
+    from huggingface_hub.repocard_data import CardData
 
 CARD = "README.md"
 TAGS = [OUR_TAG, "distillation"]
@@ -57,6 +58,8 @@ def model_card(
 
     `data`: the data set's repository, if it has one.
     """
+    from huggingface_hub import EvalResult, ModelCardData
+
     origin, teachers = lineage["train"]["initialised_from"], _terms(recipe, taught_by(recipe, lineage))
     lineage = without_places(lineage, recipe)
     train = lineage["train"]
@@ -121,6 +124,8 @@ def dataset_card(
 
     `columns`: those to declare, because what tools are called with has no shape that all parts share.
     """
+    from huggingface_hub import DatasetCardData
+
     teachers = _terms(recipe, answered_by(recipe, lineage))
     chain = _chain(teachers, None)
     files = [{"split": part, "path": f"data/{part}.jsonl"} for part in rows]
@@ -226,7 +231,7 @@ def _chain(teachers: Mapping[str, Terms | None], origin: str | None) -> LicenceC
 
 
 def _card(
-    template: str, metadata: CardData, recipe: Recipe, lineage: Mapping[str, Any], values: Mapping[str, Any]
+    template: str, metadata: "CardData", recipe: Recipe, lineage: Mapping[str, Any], values: Mapping[str, Any]
 ) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).with_name("templates")),
