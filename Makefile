@@ -106,5 +106,5 @@ clean:  ## remove .venv and caches; never a run
 	rm -rf .venv .venv.lock .mypy_cache .ruff_cache .pytest_cache build *.egg-info
 
 .venv/.ready-%: pyproject.toml constraints.txt
-	@command -v $(PYTHON) >/dev/null || { echo "set-up failed: no $(PYTHON) here; install Python 3.11 or newer, or name one: make PYTHON=…" >&2; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "set-up failed: no $(PYTHON) here; install Python 3.11 to 3.14, or name one: make PYTHON=…" >&2; exit 1; }
 	@$(PYTHON) setup_venv.py $*

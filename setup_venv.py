@@ -19,7 +19,7 @@ VENV = os.path.join(ROOT, ".venv")
 VENV_PYTHON = os.path.join(VENV, "bin", "python")
 LOCK = os.path.join(ROOT, ".venv.lock")  # beside .venv, which may have to be made first
 LOG = os.path.join(VENV, "setup.log")
-NEEDED_PYTHON = (3, 11)
+OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 14)  # those that all packages of constraints.txt have builds for
 
 # What each group installs, what must import afterwards, and the disk it takes with all it pulls in (GiB, measured).
 GROUPS = {
@@ -51,10 +51,10 @@ CAUSES = [
 def main():
     if len(sys.argv) != 2 or sys.argv[1] not in [*GROUPS, "wheelhouse"]:
         fail("usage: setup_venv.py " + "|".join([*GROUPS, "wheelhouse"]), code=2)
-    if sys.version_info < NEEDED_PYTHON:
+    if not OLDEST_PYTHON <= sys.version_info[:2] <= NEWEST_PYTHON:
         fail(
-            "Python {}.{} or newer is needed, {} is {}; name another: make PYTHON=python3.11 …".format(
-                *NEEDED_PYTHON, sys.executable, platform.python_version()
+            "Python {}.{} to {}.{} is needed, {} is {}; name another: make PYTHON=python3.11 …".format(
+                *OLDEST_PYTHON, *NEWEST_PYTHON, sys.executable, ".".join(map(str, sys.version_info[:3]))
             )
         )
     asked = sys.argv[1]
@@ -145,8 +145,8 @@ def install_cpu_torch():
 
 def make_venv():
     if os.path.exists(VENV_PYTHON):
-        usable = [VENV_PYTHON, "-c", "import pip, sys; sys.exit(sys.version_info < {})".format(NEEDED_PYTHON)]
-        if subprocess.run(usable, capture_output=True).returncode == 0:
+        code = "import pip, sys; sys.exit(not {} <= sys.version_info[:2] <= {})".format(OLDEST_PYTHON, NEWEST_PYTHON)
+        if subprocess.run([VENV_PYTHON, "-c", code], capture_output=True).returncode == 0:
             return
     say("making .venv with Python " + platform.python_version())
     done = subprocess.run([sys.executable, "-m", "venv", "--clear", VENV], capture_output=True, text=True)

@@ -161,7 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Collects wheels, models and the repository in a folder.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--part", type=part_size, default="2G", help="size of a part: 60M, 2G (the default)")
-    parser.add_argument("--python", default=platform.python_version(), help="the other machine's Python, 3.11 or newer")
+    parser.add_argument("--python", default=platform.python_version(), help="the other machine's Python, 3.11 to 3.14")
     parser.add_argument("--machine", default=platform.machine(), help="the other machine's processor: x86_64, aarch64")
     parser.add_argument("--cuda", action="store_true", help="torch and vLLM for NVIDIA GPUs instead of CPUs")
     parser.add_argument("--groups", nargs="+", choices=[*COLLECTED, "ray"], default=COLLECTED, help="what to set up")

@@ -25,17 +25,20 @@ def clone(tmp_path: Path) -> Path:
 def test_a_missing_python_is_named(clone: Path) -> None:
     done = subprocess.run(["make", "generate", "PYTHON=python-none"], cwd=clone, capture_output=True, text=True)
     assert done.returncode
-    assert "set-up failed: no python-none here; install Python 3.11 or newer" in done.stderr
+    assert "set-up failed: no python-none here; install Python 3.11 to 3.14" in done.stderr
 
 
-def test_an_old_python_is_named(clone: Path) -> None:
+@pytest.mark.parametrize("version", [(3, 9, 2), (3, 15, 0)])
+def test_a_python_without_builds_is_named(version: tuple[int, int, int], clone: Path) -> None:
     code = (
-        "import runpy, sys; sys.version_info = (3, 9, 2); sys.argv = ['setup_venv.py', 'base'];"
+        f"import runpy, sys; sys.version_info = {version}; sys.argv = ['setup_venv.py', 'base'];"
         "runpy.run_path('setup_venv.py', run_name='__main__')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=clone, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.startswith("set-up failed: Python 3.11 or newer is needed")
+    named = f"{sys.executable} is {'.'.join(map(str, version))}; name another"
+    assert done.stderr.startswith(f"set-up failed: Python 3.11 to 3.14 is needed, {named}")
+    assert not (clone / ".venv").exists()
 
 
 def test_no_network_is_one_line_and_leaves_no_stamp(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
