@@ -176,6 +176,8 @@ def pip(*arguments):
             if re.match(r"\s*Downloading .*\((\d{3,}(\.\d+)? MB|.* GB)\)", line) or line.startswith("Installing"):
                 say("  " + line.strip().split(": ")[0])
         code = process.wait()
+    if code < 0:
+        fail("pip was killed (signal {}; out of memory?); run the same command again to go on".format(-code))
     return code, "".join(lines)
 
 

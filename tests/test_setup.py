@@ -74,6 +74,22 @@ def test_git_ignores_the_lock() -> None:
     assert lock in (ROOT / ".gitignore").read_text().splitlines()
 
 
+def test_a_killed_pip_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python = tmp_path / "python"  # as the kernel ends it when memory is out
+    python.write_text("#!/bin/sh\necho Installing collected packages: numpy, openai\nkill -9 $$\n")
+    python.chmod(0o755)
+    for name, value in {"VENV_PYTHON": str(python), "LOG": str(tmp_path / "log")}.items():
+        monkeypatch.setitem(setup_venv["install"].__globals__, name, value)
+    with pytest.raises(SystemExit):
+        setup_venv["install"]("collect")
+    assert (
+        "set-up failed: pip was killed (signal 9; out of memory?); run the same command again"
+        in capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize(
     ("output", "cause"),
     [
