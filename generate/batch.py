@@ -29,6 +29,7 @@ from generate.verdict import EndRun, State, decide, heals
 from pipeline.errors import DataError, DistillError, RecipeError, UsageError
 from pipeline.records import Usage
 
+OLDER = -1  # the version of the dialect of a request that was written before a lesson
 UNKNOWN = "unknown"  # to the account of this call; not in the state
 FIRST_POLL_S, POLL_GROWTH = 1.0, 1.5
 
@@ -55,7 +56,7 @@ class Batches:
         self._held: dict[str, Reservation] = {}  # by chunk: of the batches that earlier calls created
         self._stopped = asyncio.Event()
         self._poll_s = FIRST_POLL_S
-        self._written_in = 0  # the version of the dialect in which this call wrote its chunks
+        self._written_in = self._dialect.version  # the version of the dialect in which the chunks were written
         self._most: int | None = None  # requests per file, if the account takes no larger ones
         self._ahead: dict[str, set[str]] = {}  # by chunk that the account had no room for: the batches then at work
         self._stale = set[str]()  # chunks of earlier calls that are not to be created as they are
@@ -342,13 +343,14 @@ class Batches:
     def _take(self, job: Job, outcome: Answer | Fault, sent: dict[str, dict[str, Any]] | None) -> None:
         """Records an outcome; one that may heal, teaches something or ends the run leaves the request unanswered."""
         id_ = job.request.id
-        job.dialect = self._written_in
         if isinstance(outcome, Fault):
             verdict = decide(outcome, job, State(self._url, self._api.key), self._config)
             if isinstance(verdict, EndRun):
                 self._no_more = verdict.message
                 return
-        sampling = (sent or {}).get(id_) or self._dialect.sent(job.request.sampling)
+        known = self._dialect.sent(job.request.sampling)
+        sampling = (sent or {}).get(id_) or known
+        job.dialect = self._written_in if sampling.keys() == known.keys() else OLDER
         if sent and isinstance(outcome, Fault) and self._dialect.teaches(outcome, job):
             self._dialect.learn(outcome, job, self._run.say)
             return

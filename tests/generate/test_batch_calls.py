@@ -58,6 +58,40 @@ def test_an_interrupt_leaves_the_batch_at_work_and_says_so(run: RunDir, capsys: 
         assert len(fake.batches) == 1
 
 
+@pytest.mark.parametrize(
+    ("message", "param", "failed"), [("too long", None, 4), ("'seed' is not supported", "seed", 0)]
+)
+def test_a_later_call_learns_from_a_refusal_as_the_one_that_made_the_batch(
+    run: RunDir, message: str, param: str | None, failed: int
+) -> None:
+    """The run has answers, and so a dialect: each refused request went into one more batch, just as it was."""
+
+    def outcome(custom_id: str, body: dict[str, Any], number: int) -> dict[str, Any]:
+        if body["messages"][-1]["content"] in ("say 0", "say 1") or (param and param not in body):
+            return line(custom_id)
+        return line(custom_id, 400, {"error": {"message": message, "param": param}})
+
+    with fake_batches(outcome=outcome) as fake:
+        assert generate(batch_recipe(fake, 2), run, quiet=True).answered == 2
+        _interrupted(batch_recipe(fake, 6), run)
+        assert generate(batch_recipe(fake, 6), run, quiet=True).failed == failed
+        assert len(fake.batches) == (2 if failed else 3)
+
+
+def test_a_batch_from_before_a_lesson_fails_no_request(run: RunDir, tmp_path: Path) -> None:
+    def outcome(custom_id: str, body: dict[str, Any], number: int) -> dict[str, Any]:
+        if "seed" not in body:
+            return line(custom_id)
+        return line(custom_id, 400, {"error": {"message": "'seed' is not supported", "param": "seed"}})
+
+    with fake_batches(outcome=outcome) as fake:
+        _interrupted(batch_recipe(fake, 4), run)
+        generate(batch_recipe(fake, 5), other := RunDir(tmp_path / "other"), quiet=True)
+        run.completions.write_bytes(other.completions.read_bytes().splitlines(keepends=True)[4])  # as from online
+        assert generate(batch_recipe(fake, 5), run, quiet=True).answered == 4
+    assert not failures(run)
+
+
 def test_an_interrupt_creates_no_further_batch(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_files, "MOST_REQUESTS", 2)
     with fake_batches() as fake:
