@@ -71,6 +71,7 @@ class Loop:
         self._changed = fleet.changed  # also set when a request has ended, or the run is to end
         self._ended_by: Outcome = None  # None: it goes on
         self._answered_at = monotonic()  # the last answer, or the start
+        self._limited_at = inf  # the first 429 after that
         self._waits_until = inf  # time.monotonic: how long a run that is to end waits for what is in flight
         self._held_back: list[list[Failure]] = []  # the last refusals, all alike, with nothing else between
         self._only_refused = True  # the call has had nothing else at all
@@ -191,6 +192,8 @@ class Loop:
 
     async def _follow(self, attempt: Attempt, fault: Fault, now: float) -> None:
         job, endpoint = attempt.job, attempt.endpoint
+        if fault.error == "rate_limited":
+            self._limited_at = min(self._limited_at, now)
         state = State(
             endpoint.name,
             key=endpoint.client.key,
@@ -201,6 +204,7 @@ class Loop:
             others_up=self._fleet.others_up(endpoint),
             refused_alike=self._refused_alike(fault),
             quiet_s=now - self._answered_at,
+            limited_s=now - self._limited_at,
             idle=self._run.counters.in_flight == 0,
             has_time=endpoint.timeout_s(job.spent_s) > 0,
             teaches=self._dialect.teaches(fault, job),
@@ -247,7 +251,7 @@ class Loop:
         if not answers:
             return []
         self._release()
-        self._answered_at = now
+        self._answered_at, self._limited_at = now, inf
         endpoint, latency_s = attempt.endpoint, now - attempt.sent
         records = [
             completed(part, answer, latency_s=latency_s, endpoint=endpoint.url, sampling=attempt.sampling)

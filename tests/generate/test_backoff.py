@@ -252,6 +252,17 @@ def test_a_limit_of_a_day_ends_the_run_and_fails_no_request(
     assert 600 <= taken < 700
 
 
+def test_one_429_to_requests_that_are_sent_seldom_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One request in a quarter of an hour: between an answer and the next reply there is more than `give_up_s`."""
+    model = Model(lambda number, now: (1.0, REFUSED if number == 3 else GOOD))
+    generate = {"concurrency": 1, "requests_per_minute": 1 / 15}
+    taken, outcome, counters = simulate({URL: model}, tmp_path, monkeypatch, 6, generate=generate)
+    assert (outcome, counters.answered, counters.failed) == (None, 6, 0)
+    assert taken > 6 * 900
+
+
 @pytest.mark.parametrize("concurrency", [64, "auto"])
 def test_a_limit_that_no_header_tells_costs_no_request(seconds: Seconds, concurrency: int | str) -> None:
     """One request a second, whatever is in flight: each waits for its turn, and none fails."""
