@@ -71,7 +71,7 @@ class Loop:
         self._changed = fleet.changed  # also set when a request has ended, or the run is to end
         self._ended_by: Outcome = None  # None: it goes on
         self._answered_at = monotonic()  # the last answer, or the start
-        self._limited_at = inf  # the first 429 after that
+        self._limited_at, self._limited = inf, set[str]()  # the first 429 after that, and the requests that had one
         self._waits_until = inf  # time.monotonic: how long a run that is to end waits for what is in flight
         self._held_back: list[list[Failure]] = []  # the last refusals, all alike, with nothing else between
         self._only_refused = True  # the call has had nothing else at all
@@ -194,6 +194,7 @@ class Loop:
         job, endpoint = attempt.job, attempt.endpoint
         if fault.error == "rate_limited":
             self._limited_at = min(self._limited_at, now)
+            self._limited.add(job.request.id)
         state = State(
             endpoint.name,
             key=endpoint.client.key,
@@ -205,6 +206,7 @@ class Loop:
             refused_alike=self._refused_alike(fault),
             quiet_s=now - self._answered_at,
             limited_s=now - self._limited_at,
+            limited=len(self._limited),
             idle=self._run.counters.in_flight == 0,
             has_time=endpoint.timeout_s(job.spent_s) > 0,
             teaches=self._dialect.teaches(fault, job),
@@ -252,6 +254,7 @@ class Loop:
             return []
         self._release()
         self._answered_at, self._limited_at = now, inf
+        self._limited.clear()
         endpoint, latency_s = attempt.endpoint, now - attempt.sent
         records = [
             completed(part, answer, latency_s=latency_s, endpoint=endpoint.url, sampling=attempt.sampling)

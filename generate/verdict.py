@@ -51,6 +51,7 @@ class State(NamedTuple):
     refused_alike: int = 0  # requests in a row that were refused as this one was, this one included
     quiet_s: float = inf  # since the call's last answer, or its start
     limited_s: float = 0.0  # since the first 429 after that
+    limited: int = 1  # different requests with a 429 since then, this one included
     idle: bool = False  # nothing else is in flight
     has_time: bool = True  # another attempt fits before the request's deadline
     teaches: bool = False  # the refusal is about a setting that can be sent another way
@@ -126,7 +127,7 @@ def decide(fault: Fault, job: Job, state: State, config: GenerateConfig) -> Verd
         )
     then = _again(fault, job, state, config)
     if fault.error == "rate_limited":
-        if state.idle and state.limited_s >= config.give_up_s:
+        if state.idle and state.limited > 1 and state.limited_s >= config.give_up_s:
             return EndRun(
                 f"{state.url} has answered nothing but 429 for {state.limited_s:.0f} s ({fault.message}); run the same "
                 "command again when its limit is over: what was answered is kept"

@@ -252,6 +252,28 @@ def test_a_limit_of_a_day_ends_the_run_and_fails_no_request(
     assert 600 <= taken < 700
 
 
+def test_the_only_request_that_is_left_and_always_refused_does_not_end_each_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is larger than the limit, say: it fails after all its attempts, however long the pauses are."""
+    no = Fault("rate_limited", "no", 429, retry_after_s=120.0)
+    model = Model(lambda number, now: (1.0, GOOD if number < 10 else no))
+    _, outcome, counters = simulate({URL: model}, tmp_path, monkeypatch, 10, generate={"concurrency": 1})
+    assert (outcome, counters.answered, counters.failed) == (None, 9, 1)
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 120.0])
+def test_a_limit_of_a_day_ends_the_run_of_one_request_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pause_s: float
+) -> None:
+    no = Fault("rate_limited", "no", 429, retry_after_s=pause_s)
+    model = Model(lambda number, now: (1.0, GOOD if number < 10 else no))
+    taken, outcome, counters = simulate({URL: model}, tmp_path, monkeypatch, 20, generate={"concurrency": 1})
+    assert isinstance(outcome, DistillError)
+    assert (counters.answered, counters.failed) == (9, 0)
+    assert taken < 1000
+
+
 def test_one_429_to_requests_that_are_sent_seldom_does_not_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from pipeline.generate_config import GenerateConfig
 from pipeline.records import Message, Request
 
 CONFIG = GenerateConfig()
+LIMITED = {"idle": True, "limited": 2, "limited_s": CONFIG.give_up_s}  # by nothing but 429, and for long
 PAGE = Path(__file__).parents[2] / "docs" / "generation.md"
 HEADER = "| reply | in failures.jsonl | verdict | what follows |"
 
@@ -92,9 +93,9 @@ ROWS: dict[str, tuple[list[Answer | Fault], dict[str, Any]]] = {
     ),
     "429 for rate": ([error(429), error(429, retry_after="2"), error(429, Retry_After_Ms="5")], {}),
     "429 at the last attempt, nothing answered for two minutes": ([error(429)], LAST),
-    "429 for `give_up_s` (600 s), nothing answered meanwhile, and nothing in flight": (
+    "429 to several requests for `give_up_s` (600 s), nothing answered meanwhile, and nothing in flight": (
         [error(429)],
-        {"idle": True, "limited_s": CONFIG.give_up_s},
+        LIMITED,
     ),
     "402; words or a code of a used-up quota (`insufficient_quota` with 429, Anthropic's credit balance with 400)": (
         [
@@ -226,8 +227,9 @@ def test_each_row_is_what_decide_says(reply: str, kind: str, verdict: str) -> No
         (error(429, **{"retry-after": "4"}), {}, Pause(4.0, Retry(4.0, step=0))),
         (error(429), {**LAST, "quiet_s": QUIET_S - 1}, Pause(0.25, Retry(0.0, step=1, counted=False))),
         (error(429), {**LAST, "quiet_s": QUIET_S}, Pause(0.25, Fail(held_back=True))),
-        (error(429), {"limited_s": CONFIG.give_up_s}, Pause(0.25, Retry(0.0, step=1))),  # others are at work
-        (error(429), {"idle": True, "limited_s": CONFIG.give_up_s - 1}, Pause(0.25, Retry(0.0, step=1))),
+        (error(429), {**LIMITED, "idle": False}, Pause(0.25, Retry(0.0, step=1))),  # others are at work
+        (error(429), {**LIMITED, "limited_s": CONFIG.give_up_s - 1}, Pause(0.25, Retry(0.0, step=1))),
+        (error(429), {**LIMITED, "limited": 1}, Pause(0.25, Retry(0.0, step=1))),  # its own fault
         (error(429), {}, Pause(0.25, Retry(0.0, step=1))),
         (error(429), {"step": 3}, Pause(1.0, Retry(0.0, step=1))),
         (error(429), {"step": 0}, Pause(0.0, Retry(0.0, step=1))),  # sent before the last step
