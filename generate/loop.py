@@ -74,6 +74,7 @@ class Loop:
         self._limited_at, self._limited = inf, set[str]()  # the first 429 after that, and the requests that had one
         self._waits_until = inf  # time.monotonic: how long a run that is to end waits for what is in flight
         self._held_back: list[list[Failure]] = []  # the last refusals, all alike, with nothing else between
+        self._failed_limited: list[list[Failure]] = []  # at a 429 since the last answer
         self._only_refused = True  # the call has had nothing else at all
 
     async def run(self) -> Outcome:
@@ -233,7 +234,9 @@ class Loop:
                 self._schedule.put_back(job, now)
             case Fail():
                 failures = failed(job, fault, endpoint=endpoint.url, sampling=attempt.sampling)
-                if verdict.held_back:
+                if verdict.held_back and fault.error == "rate_limited":
+                    self._failed_limited.append(failures)
+                elif verdict.held_back:
                     self._held_back.append(failures)
                 else:
                     self._release()
@@ -253,6 +256,7 @@ class Loop:
         if not answers:
             return []
         self._release()
+        self._release_limited()
         self._answered_at, self._limited_at = now, inf
         self._limited.clear()
         endpoint, latency_s = attempt.endpoint, now - attempt.sent
@@ -276,6 +280,14 @@ class Loop:
     def _release(self) -> None:
         """There was something other than one kind of refusal: the refused requests were at fault themselves."""
         held_back, self._held_back, self._only_refused = self._held_back, [], False
+        self._record_failures(held_back)
+
+    def _release_limited(self) -> None:
+        """The limit was for some of the requests alone, or is over."""
+        limited, self._failed_limited = self._failed_limited, []
+        self._record_failures(limited)
+
+    def _record_failures(self, held_back: list[list[Failure]]) -> None:
         if not self._ended_by:  # else they are asked again by the next call
             for failures in held_back:
                 self._run.record_failures(*failures)
@@ -286,6 +298,7 @@ class Loop:
         if self._held_back and never_answered and (first := self._held_back[0][0]).error == "forbidden":
             return AllRefused(refused_by_all(first, first.endpoint, len(self._held_back)))
         self._release()
+        self._release_limited()
         return None
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

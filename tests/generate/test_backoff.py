@@ -252,6 +252,18 @@ def test_a_limit_of_a_day_ends_the_run_and_fails_no_request(
     assert 600 <= taken < 700
 
 
+def test_a_bad_request_within_a_limit_of_a_day_is_the_only_one_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says nothing of the others: all that had been refused for five minutes failed with it."""
+    bad = Fault("bad_request", "too long", 400)
+    model = Model(lambda number, now: (1.0, GOOD) if number <= 50 else (0.1, REFUSED if number % 97 else bad))
+    _, outcome, counters = simulate({URL: model}, tmp_path, monkeypatch, 300, generate={"concurrency": 64})
+    assert isinstance(outcome, DistillError)
+    assert counters.answered == 50
+    assert {failure.error for failure in read_jsonl(tmp_path / "run" / "failures.jsonl", Failure)} == {"bad_request"}
+
+
 def test_the_only_request_that_is_left_and_always_refused_does_not_end_each_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
