@@ -71,7 +71,7 @@ class Loop:
         self._changed = fleet.changed  # also set when a request has ended, or the run is to end
         self._ended_by: Outcome = None  # None: it goes on
         self._answered_at = monotonic()  # the last answer, or the start
-        self._limited_at, self._limited = inf, set[str]()  # the first 429 after that, and the requests that had one
+        self._limited = dict[str, float]()  # the requests that had a 429 after that, and when; the first one first
         self._waits_until = inf  # time.monotonic: how long a run that is to end waits for what is in flight
         self._held_back: list[list[Failure]] = []  # the last refusals, all alike, with nothing else between
         self._failed_limited: list[list[Failure]] = []  # at a 429 since the last answer
@@ -194,8 +194,7 @@ class Loop:
     async def _follow(self, attempt: Attempt, fault: Fault, now: float) -> None:
         job, endpoint = attempt.job, attempt.endpoint
         if fault.error == "rate_limited":
-            self._limited_at = min(self._limited_at, now)
-            self._limited.add(job.request.id)
+            self._limited.setdefault(job.request.id, now)
         state = State(
             endpoint.name,
             key=endpoint.client.key,
@@ -206,7 +205,7 @@ class Loop:
             others_up=self._fleet.others_up(endpoint),
             refused_alike=self._refused_alike(fault),
             quiet_s=now - self._answered_at,
-            limited_s=now - self._limited_at,
+            limited_s=now - next(iter(self._limited.values()), now),
             limited=len(self._limited),
             idle=self._run.counters.in_flight == 0,
             has_time=endpoint.timeout_s(job.spent_s) > 0,
@@ -256,9 +255,9 @@ class Loop:
         if not answers:
             return []
         self._release()
-        self._release_limited()
-        self._answered_at, self._limited_at = now, inf
+        self._record(self._failed_limited)  # the limit was for these requests alone, or is over
         self._limited.clear()
+        self._answered_at = now
         endpoint, latency_s = attempt.endpoint, now - attempt.sent
         records = [
             completed(part, answer, latency_s=latency_s, endpoint=endpoint.url, sampling=attempt.sampling)
@@ -279,17 +278,14 @@ class Loop:
 
     def _release(self) -> None:
         """There was something other than one kind of refusal: the refused requests were at fault themselves."""
-        held_back, self._held_back, self._only_refused = self._held_back, [], False
-        self._record_failures(held_back)
+        self._only_refused = False
+        self._record(self._held_back)
 
-    def _release_limited(self) -> None:
-        """The limit was for some of the requests alone, or is over."""
-        limited, self._failed_limited = self._failed_limited, []
-        self._record_failures(limited)
-
-    def _record_failures(self, held_back: list[list[Failure]]) -> None:
+    def _record(self, held_back: list[list[Failure]]) -> None:
+        every = held_back.copy()
+        held_back.clear()
         if not self._ended_by:  # else they are asked again by the next call
-            for failures in held_back:
+            for failures in every:
                 self._run.record_failures(*failures)
 
     def _all_sent(self) -> Outcome:
@@ -298,7 +294,7 @@ class Loop:
         if self._held_back and never_answered and (first := self._held_back[0][0]).error == "forbidden":
             return AllRefused(refused_by_all(first, first.endpoint, len(self._held_back)))
         self._release()
-        self._release_limited()
+        self._record(self._failed_limited)
         return None
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
