@@ -19,12 +19,12 @@ from evaluate.measure.results import ASKED_TEACHER, COMPARED, FOLDER, SCORED
 from evaluate.measure.serving import speed_prompts
 from evaluate.models import check_models
 from evaluate.run import say
-from experiments.arms import EXPERIMENTS, Arm, Design, Setup, other_teacher
+from experiments.arms import EXPERIMENTS, Arm, Design, Setup
 from experiments.results import as_markdown, compare, write_results
 from filters.run import recipe_rules
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import RecipeError, RequestsFailed, UsageError
-from pipeline.recipe import Recipe, load_recipe
+from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
 from pipeline.students import BEFORE, TEACHER
 from serve.command import check_tools
@@ -56,8 +56,6 @@ def main(argv: list[str] | None = None) -> None:
     folder = run.path / "experiments" / options.kind
     no_speed = ["--no-speed"] if options.no_speed else []
     setup = Setup(recipe, options.recipe, options.flags, run, folder, options, options.recipe.read_bytes())
-    if options.kind == "teachers":
-        check_judges(recipe, load_recipe(setup.path, [*setup.flags, *other_teacher(recipe.teacher, options)]))
 
     say(f"{options.kind}: {experiment.question}")
     with RunDir(folder).locked(new=True):
@@ -88,20 +86,6 @@ def check_settings(recipe: Recipe, path: Path, *, served: bool) -> None:
         read_probes(recipe)
     if recipe.evaluate.lm_eval and served:
         find_command()
-
-
-def check_judges(one: Recipe, other: Recipe) -> None:
-    """Raises UsageError if the recipes of two teachers have different judges, whose scores cannot be compared."""
-    for section in ("filters", "evaluate"):
-        if config := getattr(one, section).judge:
-            name = f"{section}.judge"
-            judges = [recipe.teacher.another(config, name) for recipe in (one, other)]
-            first, second = (f"{judge.model} at {judge.url}" for judge in judges)
-            if first != second:
-                raise UsageError(
-                    f"{name}: the answers of one teacher would be judged by {first}, those of the other by {second}; "
-                    f"set {name}.model and {name}.base_url"
-                )
 
 
 def check_asked(setup: Setup, design: Design, *, served: bool) -> None:

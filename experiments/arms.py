@@ -21,13 +21,14 @@ import msgspec
 from chain.stages import judges, stage, teacher
 from evaluate.measure.results import answer_row
 from evaluate.run import say
+from experiments.teachers import check_all_asked, check_judges, second_teacher
 from filters.duplicates import DEDUP_RULES
 from filters.rows import filtered_rows
 from filters.run import recipe_rules
 from filters.trials import parse_shares
 from generate.journal import read_journal
 from generate.prompts import PromptRow, make_prompt
-from generate.run import pending, unasked
+from generate.run import pending
 from pipeline.errors import DataError, UsageError
 from pipeline.lineage import read_lineage, write_lineage
 from pipeline.prompts_config import PromptsConfig
@@ -45,7 +46,6 @@ from pipeline.records import (
     read_jsonl,
 )
 from pipeline.rundir import CHAIN_LOCK, RunDir, replacing, write_jsonl
-from pipeline.teacher_config import TeacherConfig
 from pipeline.turns_and_tools import Turn
 from train.checks.before import check_followed
 from train.rows import part_rows, read_rows
@@ -169,17 +169,15 @@ def _pool(setup: Setup, base: RunDir, test: Sequence[Kept]) -> RunDir:
 
 def _teachers(setup: Setup) -> Design:
     """The same prompts, rules and student; another teacher, with its own answers."""
-    flags = other_teacher(setup.recipe.teacher, setup.options)
+    flags = second_teacher(setup.recipe.teacher, setup.options)
+    recipe = load_recipe(setup.path, [*setup.flags, *flags])
     other, wanted = RunDir(setup.folder / "b"), setup.options.b_model
+    check_judges(setup.recipe, recipe)
     asked = read_lineage(other).get("generate", {}).get("teacher", {}).get("asked", wanted)
     if asked != wanted and other.completions.is_file() and other.completions.stat().st_size:
         raise UsageError(f"{other.path}: it holds the answers of {asked}, not of {wanted}; remove this folder")
-    for run, own, fix in ((setup.base, [], "name another --run"), (other, flags, "remove this folder")):
-        if more := unasked(load_recipe(setup.path, [*setup.flags, *own]), run):
-            raise UsageError(
-                f"{run.path}: the recipe does not ask for {more:,} of its answers (other prompts, sampling or URL), "
-                f"so the teachers' prompts would differ; give the values that it was made with, or {fix}"
-            )
+    check_all_asked(setup.recipe, setup.base, "name another --run")
+    check_all_asked(recipe, other, "remove this folder")
     _answered(setup, other, *flags, anew=True)  # both: a run of an earlier recipe would have other prompts and rules
     base = _answered(setup, setup.base, anew=True)
     rows = {"A": setup.rows(base), "B": setup.rows(other)}
@@ -188,26 +186,6 @@ def _teachers(setup: Setup) -> Design:
     names = {"A": setup.recipe.teacher.model, "B": setup.options.b_model}
     note = f"a is {names['A']}, b is {names['B']}; each with all that the filters kept of it, for the recipe's epochs"
     return Design(arms, _by_source(rows, test), note)
-
-
-def other_teacher(first: TeacherConfig, options: Namespace) -> list[str]:
-    """The flags of the second teacher: at a URL of its own without the first one's key and other servers.
-
-    Raises UsageError if the first one's headers would be sent there.
-    """
-    if options.b_url and (first.headers or first.query):
-        raise UsageError(
-            f"--b-url {options.b_url}: teacher.headers and teacher.query are the first teacher's, and would be sent "
-            "there, too; take them out of the recipe"
-        )
-    if options.b_model == first.model and options.b_url in (None, first.url):
-        raise UsageError(f"--b-model {options.b_model}: this is the recipe's own teacher; name another one")
-    flags = ["--teacher.model", options.b_model, "--teacher.price", options.b_price or "null"]
-    if options.b_url:
-        flags += ["--teacher.base_url", options.b_url, "--teacher.urls_file", "null"]
-    if options.b_url or options.b_key_env:
-        flags += ["--teacher.api_key_env", options.b_key_env or TeacherConfig.model_fields["api_key_env"].default]
-    return flags
 
 
 def _human(setup: Setup) -> Design:

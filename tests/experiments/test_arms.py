@@ -14,7 +14,8 @@ import pytest
 import experiments.arms
 from evaluate.measure.probes import choose_questions
 from experiments.__main__ import share_measurements
-from experiments.arms import EXPERIMENTS, Arm, Setup, other_teacher
+from experiments.arms import EXPERIMENTS, Arm, Setup
+from experiments.teachers import second_teacher
 from pipeline.errors import UsageError
 from pipeline.recipe import load_recipe
 from pipeline.records import Completion, Kept, Prompt, encode_line, read_jsonl
@@ -139,12 +140,12 @@ def test_the_other_teacher_has_its_own_price_and_at_its_url_nothing_of_the_first
     path.write_text(json.dumps({"name": "x", "teacher": first, "prompts": {"template": "Hi", "count": 1}}))
     given = {"b_model": "b", "b_url": None, "b_price": None, "b_key_env": None, **options}
     recipe = load_recipe(path)
-    found = load_recipe(path, other_teacher(recipe.teacher, Namespace(**given))).teacher
+    found = load_recipe(path, second_teacher(recipe.teacher, Namespace(**given))).teacher
     assert found.model == "b" and found.model_dump(include=set(teacher)) == teacher
     assert found.price == (PriceConfig(input=0.1, output=0.2) if "b_price" in options else None)
     headers = recipe.teacher.model_copy(update={"headers": {"x-org": "a"}})
     with pytest.raises(UsageError, match=r"--b-url https://b: teacher\.headers and teacher\.query are"):
-        other_teacher(headers, Namespace(**{**given, "b_url": "https://b"}))
+        second_teacher(headers, Namespace(**{**given, "b_url": "https://b"}))
 
 
 def test_a_stage_waits_for_one_that_was_started_by_hand(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
