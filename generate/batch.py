@@ -29,7 +29,7 @@ from generate.verdict import EndRun, State, decide, heals
 from pipeline.errors import DataError, DistillError, RecipeError, UsageError
 from pipeline.records import Usage
 
-OLDER = -1  # the version of the dialect of a request that was written before a lesson
+OLDER = -1  # in place of a dialect's version: the request was written before the dialect knew what it knows
 UNKNOWN = "unknown"  # to the account of this call; not in the state
 FIRST_POLL_S, POLL_GROWTH = 1.0, 1.5
 
@@ -56,7 +56,7 @@ class Batches:
         self._held: dict[str, Reservation] = {}  # by chunk: of the batches that earlier calls created
         self._stopped = asyncio.Event()
         self._poll_s = FIRST_POLL_S
-        self._written_in = self._dialect.version  # the version of the dialect in which the chunks were written
+        self._written_in = 0  # the version of the dialect in which this call wrote its chunks
         self._most: int | None = None  # requests per file, if the account takes no larger ones
         self._ahead: dict[str, set[str]] = {}  # by chunk that the account had no room for: the batches then at work
         self._stale = set[str]()  # chunks of earlier calls that are not to be created as they are

@@ -78,10 +78,9 @@ class Dialect:
         self.version, self._manner = 0, Manner()
 
     def ask_as(self, sent: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-        """Asks as for an earlier answer: `sent` in place of the `wanted` sampling."""
+        """Sends requests the way one with an answer was sent: with the settings `sent`, of those `wanted`."""
         limit = "max_tokens" if "max_tokens" in sent else "max_completion_tokens"
         self._manner = Manner(frozenset(MAY_BE_LEFT_OUT.keys() & wanted.keys() - sent.keys()), limit)
-        self.version += 1  # what was written before is asked otherwise
 
     def body(self, job: Job) -> bytes:
         """What is sent for a job: encoded once, and again only after something was learnt."""

@@ -1,7 +1,6 @@
 """Journals: what is left of them after a kill at any byte, a full disk, and a careless editor."""
 
 import os
-import resource
 import tempfile
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from generate.journal import Journal, read_journal
 from pipeline.errors import DataError, DistillError
 from pipeline.records import Completion, Message, Usage, encode_line, read_jsonl
 from tests.completion_fields import completion_fields
+from tests.full_disk import full_disk
 
 
 def completion(name: str, text: str = "이야기 🐰\n둘째 줄") -> Completion:
@@ -98,14 +98,10 @@ def test_a_full_disk_is_one_error_and_what_was_written_stays_whole(tmp_path: Pat
     path = tmp_path / "c.jsonl"
     write(path, "a", "b")
     before = path.read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with Journal(path, Completion) as journal:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 50, hard))
-        try:
-            with pytest.raises(DistillError, match=r"c\.jsonl: cannot be written: File too large"):
-                journal.append(completion("c"))
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        refused = pytest.raises(DistillError, match=r"c\.jsonl: cannot be written: File too large")
+        with full_disk(len(before) + 50), refused:
+            journal.append(completion("c"))
         assert path.read_bytes() == before
         journal.append(completion("c"))
     assert [record.id for record in read_jsonl(path, Completion)] == ["a", "b", "c"]
