@@ -134,7 +134,7 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     promised: float  # the ratio that is promised at least: 0.9 of the quality, 3 times smaller or faster
     value: Estimate | None = None  # that ratio
     verdict: Literal["yes", "not shown", "no", "not measured"] = "not measured"
-    why: str = ""  # a part is not shown by whatever interval: `under 60 prompts`
+    why: str = ""  # why it is not shown, if the interval is not the reason: `under 60 prompts`
 
 
 class Headline(msgspec.Struct, frozen=True, kw_only=True):

@@ -106,7 +106,7 @@ class Run:
         return (job for job in jobs if job.request.id not in self.left.answered)
 
     def dialect(self) -> Dialect:
-        """As the first of the recipe's answers was asked for: what the teacher refuses was learnt before it came."""
+        """What the run knows of the teacher: the first answer to this recipe shows which settings it takes."""
         dialect, asked = Dialect(), IdSet()
         for job in build_jobs(iter_prompts(self.recipe), self.recipe) if self.counters.resumed else ():
             asked.add(job.request.id)

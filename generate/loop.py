@@ -71,10 +71,10 @@ class Loop:
         self._changed = fleet.changed  # also set when a request has ended, or the run is to end
         self._ended_by: Outcome = None  # None: it goes on
         self._answered_at = monotonic()  # the last answer, or the start
-        self._limited = dict[str, float]()  # the requests that had a 429 after that, and when; the first one first
+        self._limited = dict[str, float]()  # request id: its first 429 since the last answer; oldest first
         self._waits_until = inf  # time.monotonic: how long a run that is to end waits for what is in flight
         self._held_back: list[list[Failure]] = []  # the last refusals, all alike, with nothing else between
-        self._failed_limited: list[list[Failure]] = []  # at a 429 since the last answer
+        self._failed_limited: list[list[Failure]] = []  # by 429; kept back until the next answer
         self._only_refused = True  # the call has had nothing else at all
 
     async def run(self) -> Outcome:
@@ -282,6 +282,7 @@ class Loop:
         self._record(self._held_back)
 
     def _record(self, held_back: list[list[Failure]]) -> None:
+        """Records these failures, and empties the list."""
         every = held_back.copy()
         held_back.clear()
         if not self._ended_by:  # else they are asked again by the next call

@@ -35,8 +35,8 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # what could move the cursor of a
 TITLE = re.compile(r"\A\s*<(?:!doctype html|html)\b.*?<title>([^<]*\S[^<]*)</title>", re.IGNORECASE | re.DOTALL)
 TOO_LARGE = re.compile(r"\bRequest too large for ")  # OpenAI's 429 to one that has more tokens than a minute allows
 GATEWAY_TIMEOUTS = (504, 524)  # the server behind it may go on
-# What no waiting heals: by its code or type (OpenAI, LiteLLM), or by words (Anthropic, LiteLLM, xAI, Fireworks). Gemini
-# names the quota, and tells to wait for seconds where it is that of a day.
+# A quota that is used up, so that waiting for seconds does not help: by its code or type (OpenAI, LiteLLM), or by words
+# (Anthropic, LiteLLM, xAI, Fireworks). Gemini names the quota; even for that of a day it says to wait for seconds.
 QUOTA_CODES = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "budget_exceeded"}
 QUOTA_WORDS = re.compile(
     rb"credit balance is too low to access|Budget has been exceeded!.{0,200}Max budget|ExceededBudget: |"

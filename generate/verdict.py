@@ -68,7 +68,7 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class Fail:
-    """The request has failed for good. `held_back`: unless REFUSED_ALIKE requests meet the same, or 429 goes on."""
+    """The request has failed for good. `held_back`: it is recorded only if the run goes on."""
 
     held_back: bool = False
 

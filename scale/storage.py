@@ -27,7 +27,7 @@ CLOUDS = ("s3", "gs")
 HIDDEN = "."  # begins the name of a file that a folder is still writing
 LARGE = 5 * 1024 * 1024  # bytes of a file that goes up in more than one request
 REQUEST_S, FILE_S = 30.0, 24 * 3600.0  # for a request, and for one of a whole file, of any size on a slow line
-SILENT_S = 300.0  # without a byte of such a file; up go 12 requests at once, of LARGE bytes each
+SILENT_S = 300.0  # without a byte of such a file; an upload has 12 requests at once, of LARGE bytes each
 WAITS_S = (0.1, 0.2, 0.4, 0.8, 1.6)  # after an attempt to change an object
 
 
