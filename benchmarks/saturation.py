@@ -18,6 +18,7 @@ from typing import NamedTuple
 from benchmarks import offline
 from benchmarks.measure import auto_or_whole, flags, measured, one_of, several, show, steady_seconds, whole
 from benchmarks.runs import answer_ends, bodies, recipe_for, run_quietly
+from generate.reply import EMPTY
 from pipeline.cli import run_stage
 from pipeline.errors import UsageError
 from pipeline.recipe import Recipe
@@ -90,7 +91,7 @@ def through(recipe: Recipe, slots: int) -> Figures:
         summary, _, cpu_s, _ = measured(run_quietly, recipe, run)
         steady_s = steady_seconds(answer_ends(run), slots)
     # Random weights may say nothing but special tokens. Such an answer is none, and was computed all the same.
-    assert summary.failed == summary.errors.get("empty_answer", 0), summary
+    assert summary.failed == sum(summary.errors.get(error, 0) for error in EMPTY), summary
     tokens = summary.requests * recipe.sampling.max_tokens
     return Figures(tokens / summary.wall_s, steady_s, 1000 * cpu_s / summary.requests)
 

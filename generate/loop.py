@@ -273,6 +273,9 @@ class Loop:
         """How many requests in a row were refused as this one was, this one included; 0: it is this prompt's fault."""
         if not self._only_refused and fault.error != REFUSED_LATER:
             return 0
+        # Where some thoughts had room, others may need more. A stage that measures its models wants their silence, too.
+        if fault.error == "thought_cut_off" and (self._run.completions.found.ids or self._run.dir.internal):
+            return 0
         first = self._held_back[0][0] if self._held_back else fault
         return len(self._held_back) + 1 if (first.error, first.status) == (fault.error, fault.status) else 0
 

@@ -29,6 +29,7 @@ FILTERED = (
     *("content_filter", "safety", "recitation", "prohibited_content", "blocklist", "spii", "sensitive"),
     *("refusal", "content_filtered", "guardrail_intervened"),
 )
+EMPTY = ("empty_answer", "thought_cut_off")  # faults of a model that ended, or was cut, before it said anything
 # Others' words for `stop` and `length`: of Together and TGI, Anthropic and Bedrock, and, through gateways, Gemini.
 ENDINGS = dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "stop_sequence"), "stop") | {"max_tokens": "length"}
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # what could move the cursor of a terminal, or worse
@@ -172,7 +173,7 @@ def _read(choice: _Choice, said: _Said, usage: Usage, model: str | None, words: 
     if not text.strip() and not calls:
         if choice.message.refusal:
             return Fault("refusal", f"the model refuses: {words(choice.message.refusal)}", 200, usage=usage)
-        return Fault("empty_answer", _why_empty(reason, reasoning, usage), 200, usage=usage)
+        return _empty(reason, reasoning, usage)
     return Answer(text, reason, model, usage, reasoning, calls, choice.logprobs)
 
 
@@ -353,13 +354,14 @@ def _parts(content: Any, kind: str) -> list[Json]:
     return [part for part in parts if isinstance(part, dict) and part.get("type") == kind]
 
 
-def _why_empty(finish_reason: str, reasoning: str, usage: Usage) -> str:
-    """Why an answer has no text; a model that thinks may never have come to it."""
+def _empty(finish_reason: str, reasoning: str, usage: Usage) -> Fault:
+    """An answer without text; a model that thinks may never have come to it."""
     thought = f", {usage.reasoning_tokens} reasoning tokens" if usage.reasoning_tokens else ""
     why = f"the answer has no text (finish_reason {finish_reason}{thought})"
     if finish_reason == "length" and (thought or reasoning):
-        return f"{why}: it was cut off while the model was thinking; raise sampling.max_tokens"
-    return why
+        why += ": it was cut off while the model was thinking; raise sampling.max_tokens"
+        return Fault("thought_cut_off", why, 200, usage=usage)
+    return Fault("empty_answer", why, 200, usage=usage)
 
 
 def decode(decoder: msgspec.json.Decoder[Shape], body: bytes, words: Callable[[str], str]) -> Shape | Fault:

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from tenacity import wait_exponential
 
 from generate.jobs import Job
-from generate.reply import Fault
+from generate.reply import EMPTY, Fault
 from generate.schedule import wait_s
 from pipeline.generate_config import GenerateConfig
 from pipeline.records import Failure
@@ -31,9 +31,10 @@ REFUSED_WAIT = wait_exponential(multiplier=0.25, max=30)  # seconds of pause aft
 OF_ONE_ENDPOINT = frozenset({"unauthorized", "not_found"})  # it may have been set up anew; another one still answers
 ENDS_RUN = OF_ONE_ENDPOINT | {"insufficient_quota"}
 FINAL = frozenset(  # sending the request again would bring the same, and may cost the same
-    {"bad_request", "forbidden", "content_filter", "refusal", "empty_answer", "no_choices", "wrong_shape", "too_large"}
+    {"bad_request", "forbidden", "content_filter", "refusal", *EMPTY, "no_choices", "wrong_shape", "too_large"}
 )
-REFUSALS = frozenset({"bad_request", "forbidden", "no_choices", "wrong_shape"})  # of all requests, if not of one
+# Of all requests, if not of one.
+REFUSALS = frozenset({"bad_request", "forbidden", "no_choices", "wrong_shape", "thought_cut_off"})
 REFUSED_LATER = "forbidden"  # the one of them that may begin in the middle of a call: a key has reached its limit
 OVERLOADED = (503, 529)  # statuses of a server whose queue is full, for one (529: Anthropic)
 
@@ -165,7 +166,7 @@ def _refused(fault: Fault, state: State) -> Fail | EndRun:
 def refused_by_all(fault: Fault | Failure, url: str, requests: int) -> str:
     """Why a run ends that had so many requests in a row refused alike."""
     return (
-        f"{url} refuses every request: {requests} in a row with {fault.error} (status {fault.status}): "
+        f"{url} gives no answers: {requests} requests in a row end with {fault.error} (status {fault.status}): "
         f"{fault.message}. Fix the recipe or the access and run the same command again: none of them counts as failed"
     )
 

@@ -106,7 +106,8 @@ class SpeedResult(msgspec.Struct, frozen=True, kw_only=True):
 class ProbeResult(msgspec.Struct, frozen=True, kw_only=True):
     """A model's answers: to the probes with the recipe's own sampling, to what is verified with temperature 0.
 
-    An empty answer's finish_reason is `empty_answer`. A request that failed for another reason has no answer.
+    An empty answer's finish_reason is the type of its failure (`empty_answer`, `thought_cut_off`). A request that
+    failed for another reason has no answer.
     """
 
     fingerprint: str = ""

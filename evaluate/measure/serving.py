@@ -26,6 +26,7 @@ from generate.context import asked_rows
 from generate.dialect import Dialect
 from generate.event_loop import run_loop
 from generate.jobs import build_jobs
+from generate.reply import EMPTY
 from generate.run import generate
 from generate.streaming import stream, streaming_session
 from generate.summary import Summary
@@ -196,7 +197,7 @@ def _answers_in(folder: Path, recipe: Recipe, prompts: Sequence[Prompt]) -> list
     run, asking, model = RunDir(folder), _asking(recipe, folder), recipe.teacher.model
     by_id, found = {prompt.id: prompt for prompt in prompts}, dict[str, Kept]()
     for request, failure in asked_rows(asking, run.failures, Failure):
-        if failure.error == "empty_answer":
+        if failure.error in EMPTY:
             found[request.prompt_id] = answer_row(model, by_id[request.prompt_id], "", failure.error)
     for request, row in asked_rows(asking, run.completions, Completion):
         prompt = by_id[request.prompt_id]

@@ -32,7 +32,16 @@ from pipeline.errors import DistillError
 from pipeline.recipe import Recipe
 from pipeline.records import Message, Prompt, encode_line
 from pipeline.rundir import RunDir
-from tests.servers.misbehaving_server import Asked, Behaviour, MisbehavingServer, answer, error, misbehaving
+from tests.servers.misbehaving_server import (
+    Asked,
+    Behaviour,
+    MisbehavingServer,
+    answer,
+    choice,
+    choices,
+    error,
+    misbehaving,
+)
 from tests.tiny_student import kept_row, make_recipe
 
 ROWS = [kept_row(i, f"test {i}", "An answer.") for i in range(3)]
@@ -204,8 +213,10 @@ def test_failed_requests_are_counted_apart(tmp_path: Path, recipe: Recipe, start
 def test_a_model_that_says_nothing_has_answered(
     tmp_path: Path, recipe: Recipe, started: Callable[..., list[str]]
 ) -> None:
+    cut = choices(choice("", "length", reasoning="Let me think"))
+
     def script(asked: Asked) -> Behaviour:
-        said = {"probe 1": answer(""), "probe 2": error(400), "probe 3": answer("", finish_reason="length")}
+        said = {"probe 1": answer(""), "probe 2": error(400), "probe 3": cut}
         return said.get(asked.text, answer("Words."))
 
     with misbehaving(script) as server:
@@ -214,7 +225,7 @@ def test_a_model_that_says_nothing_has_answered(
     assert [(one.prompt_id, one.text, one.finish_reason) for one in probes.answers] == [
         ("probe0", "Words.", "stop"),
         ("probe1", "", "empty_answer"),
-        ("probe3", "", "empty_answer"),
+        ("probe3", "", "thought_cut_off"),
     ]
 
 

@@ -273,7 +273,7 @@ def test_a_fix_is_named_by_the_judges_own_key(run: RunDir, section: str) -> None
     assert (asked_of(1, thinking)["row0"].error or "").endswith(f"thinking; raise {section}.judge.max_tokens")
     refused, fix = error(400, "no response_format here"), f"; {section}.judge.schema: false leaves response_format out"
     assert (asked_of(1, refused)["row0"].error or "").endswith(fix)
-    with pytest.raises(DistillError, match=f"refuses every request: .*{re.escape(fix)}; the verdicts so far"):
+    with pytest.raises(DistillError, match=f"gives no answers: .*{re.escape(fix)}; the verdicts so far"):
         asked_of(30, refused)
 
 

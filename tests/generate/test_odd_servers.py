@@ -152,11 +152,11 @@ def test_tool_calls_are_in_the_record(run: RunDir) -> None:
 
 
 @pytest.mark.parametrize("content", ["<think>Let me see", None])
-def test_an_answer_cut_off_in_its_reasoning_is_empty(content: str | None) -> None:
+def test_an_answer_cut_off_in_its_reasoning_is_none(content: str | None) -> None:
     usage = {"completion_tokens": 500, "completion_tokens_details": {"reasoning_tokens": 500}}
     found = read_answer(said(content, "length", usage, message={} if content else {"reasoning": "Let me see"}))
     assert isinstance(found, Fault)
-    assert found.error == "empty_answer"
+    assert found.error == "thought_cut_off"
     assert found.message == (
         "the answer has no text (finish_reason length, 500 reasoning tokens): it was cut off while the model was "
         "thinking; raise sampling.max_tokens"

@@ -90,7 +90,7 @@ def test_a_flagged_prompt_that_is_all_of_its_part_fails_alone(run: RunDir) -> No
 
 
 def test_a_short_run_that_is_forbidden_altogether_has_no_failures(run: RunDir) -> None:
-    words = "4 in a row with forbidden"
+    words = "4 requests in a row end with forbidden"
     with misbehaving(lambda asked: error(403, "not for you")) as server, pytest.raises(DistillError, match=words):
         generate(recipe_for(server, 4, generate=TWO), run, quiet=True)
     assert not failures(run)

@@ -1,6 +1,7 @@
 """Refusals: of one prompt, of every prompt, for money; and what a record says of the request that was sent."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,8 @@ from tests.servers.misbehaving_server import (
     Asked,
     Behaviour,
     answer,
+    choice,
+    choices,
     completions,
     error,
     failures,
@@ -22,7 +25,7 @@ from tests.servers.misbehaving_server import (
 )
 
 SLOTS = 8
-
+CUT_THOUGHT = choices(choice("", "length", reasoning="Let me think"))
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -59,7 +62,9 @@ def test_when_the_first_requests_are_all_refused_alike_the_run_ends_and_they_hav
 ) -> None:
     broken = True
     with misbehaving(lambda asked: bad if broken else answer()) as server:
-        with pytest.raises(DistillError, match=f"refuses every request: {REFUSED_ALIKE} in a row with") as caught:
+        with pytest.raises(
+            DistillError, match=f"gives no answers: {REFUSED_ALIKE} requests in a row end with"
+        ) as caught:
             generate(recipe_for(server, 300), run, quiet=True)
         assert any(words in str(caught.value) for words in ("no such field", "not for your country", "odd"))
         assert caught.value.exit_code == 1
@@ -72,7 +77,7 @@ def test_when_the_first_requests_are_all_refused_alike_the_run_ends_and_they_hav
 def test_an_answer_after_that_end_makes_no_failures(run: RunDir) -> None:
     """`say 3` is in flight when the run ends, and has a moment to end: its answer is kept, and nothing else."""
     script = lambda asked: answer(delay_s=1) if asked.text == "say 3" else error(400, "no")  # noqa: E731
-    with misbehaving(script) as server, pytest.raises(DistillError, match="refuses every request"):
+    with misbehaving(script) as server, pytest.raises(DistillError, match="gives no answers"):
         generate(recipe_for(server, 30, generate={"concurrency": 30}), run, quiet=True)
     assert [record.slots["n"] for record in completions(run)] == ["3"]
     assert not failures(run)
@@ -100,7 +105,7 @@ def test_a_key_that_reaches_its_limit_in_the_middle_ends_the_run_and_nothing_has
             return error(403, "flagged")
         return answer() if len(server.asked) <= limit else error(403, "Key limit exceeded (total limit)")
 
-    words = rf"{REFUSED_ALIKE} in a row with forbidden \(status 403\): Key limit exceeded"
+    words = rf"{REFUSED_ALIKE} requests in a row end with forbidden \(status 403\): Key limit exceeded"
     with misbehaving(script) as server:
         recipe = recipe_for(server, 300, generate={"concurrency": 1})
         with pytest.raises(DistillError, match=words) as caught:
@@ -145,6 +150,30 @@ def test_a_model_that_says_nothing_is_not_a_refusal_of_all(run: RunDir) -> None:
         assert generate(recipe_for(server, 30), run, quiet=True).errors == {"empty_answer": 30}
 
 
+def test_thoughts_that_all_leave_no_room_for_an_answer_end_the_run_and_none_has_failed(run: RunDir) -> None:
+    """A model that thinks behind the API, with a recipe for one that does not: each such reply is charged."""
+    with misbehaving(lambda asked: CUT_THOUGHT) as server:
+        words = f"{REFUSED_ALIKE} requests in a row end with thought_cut_off .* raise sampling.max_tokens"
+        with pytest.raises(DistillError, match=words):
+            generate(recipe_for(server, 300), run, quiet=True)
+        assert REFUSED_ALIKE <= len(server.asked) <= REFUSED_ALIKE + SLOTS
+    assert not failures(run)
+
+
+def test_thoughts_without_room_are_their_own_where_others_had_room(run: RunDir) -> None:
+    """In the call, or in an earlier one: what thinks longest ends last, and is what a run that was killed leaves."""
+    with misbehaving(lambda asked: answer() if asked.text == "say 3" else CUT_THOUGHT) as server:
+        generate(recipe_for(server, 4), run, quiet=True)
+        summary = generate(recipe_for(server, 40), run, quiet=True)
+    assert (summary.completed, summary.failed) == (1, 39)
+
+
+def test_a_stage_that_measures_a_model_hears_that_it_never_comes_to_an_answer(tmp_path: Path) -> None:
+    with misbehaving(lambda asked: CUT_THOUGHT) as server:
+        summary = generate(recipe_for(server, 30), RunDir(tmp_path, internal=True), quiet=True)
+    assert summary.errors == {"thought_cut_off": 30}
+
+
 def test_one_prompt_that_a_gateway_flags_fails_alone_at_every_resume(run: RunDir) -> None:
     with misbehaving(one_bad(error(403, "flagged"))) as server:
         summary = generate(recipe_for(server, 10), run, quiet=True)
@@ -155,7 +184,7 @@ def test_one_prompt_that_a_gateway_flags_fails_alone_at_every_resume(run: RunDir
 
 
 def test_a_short_run_that_is_forbidden_altogether_has_no_failures(run: RunDir) -> None:
-    words = r"5 in a row with forbidden \(status 403\): not for you"
+    words = r"5 requests in a row end with forbidden \(status 403\): not for you"
     with misbehaving(lambda asked: error(403, "not for you")) as server, pytest.raises(DistillError, match=words):
         generate(recipe_for(server, 5), run, quiet=True)
     assert not failures(run)

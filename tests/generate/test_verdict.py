@@ -167,8 +167,8 @@ ROWS: dict[str, tuple[list[Answer | Fault], dict[str, Any]]] = {
         {},
     ),
     "403": ([error(403)], {}),
-    "the 20th request in a row, all refused alike": (
-        [error(400), error(403), read_answer(b"{}"), read_answer(b"[]")],
+    "the 20th request in a row, all refused alike, or all cut off in their thoughts": (
+        [error(400), error(403), read_answer(b"{}"), read_answer(b"[]"), said("<think>hm", "length")],
         {"refused_alike": REFUSED_ALIKE},
     ),
     "401; 400 for a wrong key (Gemini, xAI)": (
@@ -259,7 +259,7 @@ def test_the_end_of_a_run_names_what_to_fix() -> None:
     for fault, words in [
         (error(401, "wrong key"), "http://e/v1 answers 401 (wrong key): MY_KEY is not set"),
         (error(402, "Insufficient Balance"), "the quota is used up (Insufficient Balance); top it up"),
-        (error(400, "no such field"), "20 in a row with bad_request (status 400): no such field."),
+        (error(400, "no such field"), "20 requests in a row end with bad_request (status 400): no such field."),
     ]:
         verdict = decide(fault, asked(), state, CONFIG)
         assert isinstance(verdict, EndRun)
