@@ -10,8 +10,8 @@ given := $(foreach v,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $v
 $(foreach v,$(filter-out $(VARIABLES) SHELL MAKE% DISTILL_%,$(given)),$(error $v: no such variable; there are $(VARIABLES); to set one of the environment, write it before `make`))
 
 PY := .venv/bin/python
-# Two files of tests at a time; ARGS="-n 4" for more, "-n 0" for one.
-PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Three files of tests at a time, as many wait for a server; ARGS="-n 6" for more cores, "-n 0" for one at a time.
+PYTEST := $(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 # A value as one word of the shell. A `~/` at its beginning, where three quotes stand for a moment, is the home folder.
 quoted = $(subst '''~/,~/','''$(subst ','\'',$(1))')
 IN_RUN := $(if $(RUN),--run $(call quoted,$(RUN)))

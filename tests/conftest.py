@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from subprocess import CalledProcessError
 from typing import Any
 
@@ -19,6 +19,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # an example may take longer on a busy machine
 hypothesis.settings.load_profile("untimed")
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """What a stage's `main`, run within a test, has its process do at a signal is over with that test."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

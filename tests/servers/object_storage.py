@@ -22,6 +22,7 @@ def object_storage(bucket: str = "bucket") -> Iterator[str]:
             patch.setenv("AWS_ACCESS_KEY_ID", "test")
             patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
             patch.setenv("AWS_REGION", "us-east-1")
+            post(url, "reset")  # all servers of a process share what is stored
             urlopen(Request(f"{url}/{bucket}", method="PUT")).close()
             yield url
     finally:
