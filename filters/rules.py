@@ -176,6 +176,7 @@ class AdherenceSettings(RuleSettings):
     slots: list[str] = Field(min_length=1)  # slots whose values must be named in the answer
     max_missing: int = Field(0, ge=0)  # values that may be missing
     aliases: dict[Nfc, list[Nfc]] = Field({})  # other names that count for a value: {달: [달님, 보름달]}
+    whole_word: bool = True  # False: inside other words too, for languages whose words change: кот in котом
 
 
 def adherence(answer: Answer, settings: AdherenceSettings) -> Reason | None:
@@ -192,8 +193,8 @@ def adherence(answer: Answer, settings: AdherenceSettings) -> Reason | None:
         if asked is None:
             return Reason(rule="adherence", what=slot)
         for value in map(nfc, (asked,) if isinstance(asked, str) else asked):
-            others = settings.aliases.get(value, ())
-            if not mentions(answer.text, value) and not any(mentions(answer.text, name) for name in others):
+            names = (value, *settings.aliases.get(value, ()))
+            if not any(mentions(answer.text, name, whole_words=settings.whole_word) for name in names):
                 missing.setdefault(slot, []).append(value)
     count = sum(map(len, missing.values()))
     if count <= settings.max_missing:

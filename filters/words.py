@@ -58,21 +58,24 @@ def _ends_in_consonant(word: str) -> bool:
     return _HANGUL.match(word[-1]) is not None and (ord(word[-1]) - ord("가")) % 28 > 0
 
 
-def mentions(text: str, value: str) -> bool:
+def mentions(text: str, value: str, *, whole_words: bool = True) -> bool:
     """Whether a text names a thing: `value` as it stands, or each of its words in any order (English articles apart).
 
     A Korean word of two syllables or more may be part of a longer one (당근 in 당근밭); one of a single syllable must
-    stand alone with its particles, since 비 is also in 나비, 준비 and 비밀. Case does not matter.
+    stand alone with its particles, since 비 is also in 나비, 준비 and 비밀. Without `whole_words` any word may be part
+    of a longer one (кот in котом). Case does not matter.
     """
     if value in text and len(value) > 1 and "가" <= value[-1] <= "힣":
         return True
-    return all(word in text if isinstance(word, str) else word.search(text) for word in _words_of(value))
+    return all(word in text if isinstance(word, str) else word.search(text) for word in _words_of(value, whole_words))
 
 
 @lru_cache(maxsize=4096)
-def _words_of(value: str) -> tuple[str | re.Pattern[str], ...]:
+def _words_of(value: str, whole_words: bool) -> tuple[str | re.Pattern[str], ...]:
     """What to look for: a text to be found anywhere, or a pattern."""
     words = [word for word in value.split() if word.lower() not in _ARTICLES] or value.split()
+    if not whole_words:
+        return tuple(re.compile(re.escape(word), re.IGNORECASE) for word in words)
     return tuple(
         word if len(word) > 1 and _HANGUL.match(word) else whole_word(word, ignore_case=True, endings=True)
         for word in words

@@ -112,9 +112,9 @@ def split_words(text: str) -> list[str]:
 
 def named_slots(recipe: Recipe, rules: RuleSet) -> AdherenceSettings:
     """What adherence asks: `evaluate.adherence`, else the slots of the recipe's rule of that name, else all slots."""
-    rule = next((rule.settings for rule in rules.rules if isinstance(rule.settings, AdherenceSettings)), None)
-    slots = recipe.evaluate.adherence or (rule.slots if rule else list(recipe.prompts.slots))
-    return AdherenceSettings.model_construct(slots=slots, max_missing=0, aliases=rule.aliases if rule else {})
+    every = AdherenceSettings.model_construct(slots=list(recipe.prompts.slots))
+    rule = next((rule.settings for rule in rules.rules if isinstance(rule.settings, AdherenceSettings)), every)
+    return rule.model_copy(update={"slots": recipe.evaluate.adherence or rule.slots, "max_missing": 0})
 
 
 def assess(row: Kept, rules: RuleSet, wanted: AdherenceSettings, score: int | None) -> Assessment:

@@ -121,6 +121,10 @@ def test_what_adherence_asks_comes_from_the_recipe_its_rule_or_all_slots() -> No
         row_of("Dudu came home.", slots={"who": "a bear", "things": "달"}), rules, named_slots(recipe, rules), None
     )
     assert found.values["named"] == 1 and found.values["passing"]
+    recipe = recipe_of([{"rule": "adherence", "slots": ["who"], "whole_word": False}])
+    rules = rules_of(recipe)
+    found = assess(row_of("Die Bären schlafen.", slots={"who": "Bär"}), rules, named_slots(recipe, rules), None)
+    assert found.values["named"] == 1 and found.values["passing"]
 
 
 def test_figures_are_means_over_the_answers_that_have_one() -> None:

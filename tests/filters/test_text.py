@@ -411,6 +411,26 @@ def test_adherence_takes_other_names() -> None:
     assert _adherence("달", "보름달이 떴어요", aliases={"달": ["보름달"]}) is None
 
 
+@pytest.mark.parametrize(
+    ("value", "text", "aliases"),
+    [
+        ("Hund", "Die Hunde bellten.", []),
+        ("ev", "Evde kimse yoktu.", []),
+        ("лес", "Они гуляли в лесу.", []),
+        ("кошка", "Они видели кошку.", ["кошк"]),
+        ("كلب", "كان الكلب سعيدا.", []),
+        ("חתול", "הילד ראה את החתול.", []),
+        ("kissa", "Näin kissan.", []),
+    ],
+)
+def test_adherence_finds_a_value_in_another_form_where_words_need_not_be_whole(
+    value: str, text: str, aliases: list[str]
+) -> None:
+    assert _adherence(value, text, aliases={value: aliases}) is not None
+    assert _adherence(value, text, aliases={value: aliases}, whole_word=False) is None
+    assert _adherence(value, "Nothing of it.", aliases={value: aliases}, whole_word=False) is not None
+
+
 def test_words_with_regex_characters() -> None:
     assert mentions("I know C++ well", "C++") and not mentions("I know C", "C++")
     assert whole_word("a.b").search("axb") is None
