@@ -30,7 +30,11 @@ SCRIPTS: dict[str, Ranges] = {
     "hebrew": ((0x591, 0x5F4), (0xFB1D, 0xFB4F)),
     "devanagari": ((0x900, 0x963), (0x966, 0x97F), (0xA8E0, 0xA8FF)),
     "thai": ((0xE01, 0xE3A), (0xE40, 0xE4E)),
+    "lao": ((0xE81, 0xECE), (0xEDC, 0xEDF)),
+    "khmer": ((0x1780, 0x17D3), (0x17D7, 0x17D7), (0x17DC, 0x17DD)),
+    "myanmar": ((0x1000, 0x103F), (0x1050, 0x108F), (0x109A, 0x109D), (0xA9E0, 0xA9EF), (0xAA60, 0xAA7F)),
 }
+UNSPACED = ("han", "kana", "thai", "lao", "khmer", "myanmar")  # written without spaces between words
 
 _STARTS = {  # first code point of each range, and how far the last is from it
     script: [(np.uint32(first), np.uint32(last - first)) for first, last in ranges]

@@ -1,4 +1,4 @@
-"""Words as they stand in a text: with Korean particles, English endings, or (Chinese, Japanese, Thai) no spaces at all.
+"""Words as they stand in a text: with Korean particles, English endings, or no spaces at all (Chinese, Thai, Lao, …).
 
 The Korean particles and the forms of the copula 이다 are those of the National Institute of Korean Language's standard
 grammar, as far as they follow a noun. Used by `banned_words` and `adherence`.
@@ -8,7 +8,7 @@ import re
 import unicodedata
 from functools import lru_cache
 
-from filters.scripts import character_class
+from filters.scripts import UNSPACED, character_class
 
 # What may follow a Korean noun and leave it that noun, up to three in a row: 할머니-께서-는, 비-까지-도, 친구-들-에게.
 _PARTICLES = """
@@ -21,7 +21,7 @@ _COPULA_AFTER_VOWEL = f"{_COPULA}|였|예|라고|라는|라면|란"  # not after
 _NEVER_AFTER_CONSONANT = "(?!라도|랑|나|여)"  # 달라도 and 달랑 are other words; with 달 it is 달이라도, 달이랑
 _SEVERAL = f"(?:{'|'.join(sorted(_PARTICLES.split(), key=len, reverse=True))}){{0,3}}"
 _AFTER_ENGLISH = "(?:s|es|'s|’s|s'|s’|ed|d|ing|y)?"
-_WITHOUT_SPACES = character_class("han", "kana", "thai")
+_WITHOUT_SPACES = character_class(*UNSPACED)
 _UNSPACED = re.compile(f"[{_WITHOUT_SPACES}]")
 _SPACED = rf"[^\W{_WITHOUT_SPACES}]"  # a letter or digit that a word may go on with: not の after iPhone
 # Vowel signs of India's scripts, Devanagari to Sinhala: राम is no word of its own in रामायण.

@@ -3,8 +3,8 @@
 Every figure is over the rows or prompts that all models have, and on the same resamples for all models.
 
 Words are runs of letters and digits, in Unicode's form NFC and without case. A Korean word is what stands between
-spaces, particles included, so distinct-n compares models in one language, not languages. Chinese, Japanese and Thai,
-which are written without spaces, count by character.
+spaces, particles included, so distinct-n compares models in one language, not languages. Chinese, Japanese, Thai, Lao,
+Khmer and Burmese, which are written without spaces, count by character.
 """
 
 import math
@@ -29,7 +29,7 @@ from filters.repetition import RepetitionSettings, repetition
 from filters.rules import AdherenceSettings, adherence
 from filters.ruleset import RuleSet
 from filters.run import recipe_rules
-from filters.scripts import character_class
+from filters.scripts import UNSPACED, character_class
 from pipeline.prompts_config import PromptsConfig
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, Prompt
@@ -40,7 +40,7 @@ from pipeline.students import AFTER, BEFORE, TEACHER
 PROMPTS_TO_DIFFER = 20
 FEW = f"fewer than {PROMPTS_TO_DIFFER} prompts (or groups of them)"
 
-_UNSPACED = character_class("han", "kana", "thai")
+_UNSPACED = character_class(*UNSPACED)
 _WORD = re.compile(rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])[^\W_])+(?:['’](?:(?![{_UNSPACED}])[^\W_])+)*")
 
 
