@@ -2,13 +2,14 @@
 
 Every figure is over the rows or prompts that all models have, and on the same resamples for all models.
 
-Words are runs of letters and digits, in Unicode's form NFC and without case. A Korean word is what stands between
-spaces, particles included, so distinct-n compares models in one language, not languages. Chinese, Japanese, Thai, Lao,
-Khmer and Burmese, which are written without spaces, count by character.
+Words are runs of letters and digits with their marks (the vowel signs of Hindi, Tamil, …), in Unicode's form NFC and
+without case. A Korean word is what stands between spaces, particles included, so distinct-n compares models in one
+language, not languages. Chinese, Japanese, Thai, Lao, Khmer and Burmese, which have no spaces, count by character.
 """
 
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,7 +42,9 @@ PROMPTS_TO_DIFFER = 20
 FEW = f"fewer than {PROMPTS_TO_DIFFER} prompts (or groups of them)"
 
 _UNSPACED = character_class(*UNSPACED)
-_WORD = re.compile(rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])[^\W_])+(?:['’](?:(?![{_UNSPACED}])[^\W_])+)*")
+_MARKS = "".join(char for char in map(chr, range(0x300, 0x10000)) if unicodedata.category(char) in ("Mn", "Mc"))
+_LETTERS = rf"(?:(?![{_UNSPACED}])[^\W_][{_MARKS}\u200c\u200d]*)+"  # joiners stand within words of Persian and Sinhala
+_WORD = re.compile(rf"[{_UNSPACED}]|{_LETTERS}(?:['’]{_LETTERS})*")
 
 
 def common_rows(scored: Mapping[str, PerplexityResult]) -> dict[str, list[RowScore]]:

@@ -60,6 +60,8 @@ def test_words_are_counted_without_case_and_punctuation() -> None:
     assert split_words("The cat's hat, THE hat!") == ["the", "cat's", "hat", "the", "hat"]
     assert split_words("토끼 토토가 “당근을” 먹었어요.") == ["토끼", "토토가", "당근을", "먹었어요"]
     assert split_words("我爱AI ok") == ["我", "爱", "ai", "ok"]  # no spaces: by character
+    assert split_words("किताब पढ़ना, நீங்கள் İstanbul’da") == ["किताब", "पढ़ना", "நீங்கள்", "i̇stanbul’da"]
+    assert split_words("می‌روم كِتَاب") == ["می‌روم", "كِتَاب"]
     assert split_words("ແມວAI") == ["ແ", "ມ", "ວ", "ai"]
 
 
