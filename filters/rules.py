@@ -109,16 +109,29 @@ Script = Annotated[str, AfterValidator(_known_script)]
 
 
 class ScriptRatioSettings(TextSettings):
-    script: Script
+    script: str | list[str]  # or several together: Japanese is kana and han
     min_share: float = Field(0.5, gt=0, le=1)
+
+    @field_validator("script")
+    @classmethod
+    def _known(cls, script: str | list[str]) -> str | list[str]:
+        if not script:
+            raise ValueError("names no script")
+        for one in [script] if isinstance(script, str) else script:
+            _known_script(one)
+        return script
+
+    @cached_property
+    def scripts(self) -> list[str]:
+        return list(dict.fromkeys([self.script] if isinstance(self.script, str) else self.script))
 
 
 def script_ratio(answer: Answer, settings: ScriptRatioSettings) -> Reason | None:
-    """Drops an answer of whose characters (spaces and punctuation counted) too few are of the script."""
-    share = count_script(answer.text, settings.script) / max(len(answer.text), 1)
+    """Drops an answer of whose characters (spaces and punctuation counted) too few are of the script or scripts."""
+    share = sum(count_script(answer.text, one) for one in settings.scripts) / max(len(answer.text), 1)
     if share >= settings.min_share:
         return None
-    return Reason(rule="script_ratio", what=settings.script, value=share, at_least=settings.min_share)
+    return Reason(rule="script_ratio", what=" and ".join(settings.scripts), value=share, at_least=settings.min_share)
 
 
 class FinishReasonSettings(RuleSettings):

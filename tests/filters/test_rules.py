@@ -171,6 +171,10 @@ def test_prompt_echo_looks_at_the_last_user_message() -> None:
         ("Füchse über — “ß”", {"script": "latin", "min_share": 0.6}, False),
         ("1234 5678 a", {"script": "latin"}, True),
         ("漢字𠮷野家", {"script": "han", "min_share": 1.0}, False),
+        ("東京都内の小学校で全校児童が防災訓練に参加した", {"script": "kana"}, True),
+        ("東京都内の小学校で全校児童が防災訓練に参加した", {"script": ["kana", "han"], "min_share": 0.9}, False),
+        ("kana 漢字", {"script": ["kana", "han"]}, True),
+        ("漢字 kana", {"script": ["han", "han"]}, True),
     ],
 )
 def test_script_ratio(text: str, settings: dict[str, Any], dropped: bool) -> None:
@@ -342,6 +346,8 @@ def test_reasoning_can_be_required() -> None:
         ),
         ({"rule": "banned_words", "words": [True]}, "got True (as YAML reads yes, no, on and off); put it in quotes"),
         ({"rule": "script_ratio", "script": "korean"}, "there are hangul, latin"),
+        ({"rule": "script_ratio", "script": ["han", "korean"]}, "there are hangul, latin"),
+        ({"rule": "script_ratio", "script": []}, "filters.rules[0].script names no script"),
         ({"rule": "script_ratio", "script": "hangul", "min_share": 50}, "got 50"),
         ({"rule": "foreign_script", "scripts": ["elvish"]}, "filters.rules[0].scripts[0] is not a script"),
         ({"rule": "repetition", "top_ngrams": {2: 3}}, "filters.rules[0].top_ngrams"),

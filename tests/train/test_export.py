@@ -445,6 +445,7 @@ def test_a_folder_goes_by_its_last_part_and_a_hub_id_by_its_whole(tmp_path: Path
     ("rules", "expected"),
     [
         ([{"rule": "script_ratio", "script": "kana"}], ["ja"]),
+        ([{"rule": "script_ratio", "script": ["han", "kana"]}], ["ja"]),
         ([{"rule": "script_ratio", "script": "latin"}], None),
         ([{"rule": "language", "allowed": ["de", "fr"]}], ["de", "fr"]),
         ([], None),

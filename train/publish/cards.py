@@ -153,8 +153,11 @@ def languages(recipe: Recipe) -> list[str] | None:
     for rule in (rule.model_dump() for rule in recipe.filters.rules):
         if rule["rule"] == "language":
             return list(rule["allowed"])
-        if rule["rule"] == "script_ratio" and (language := LANGUAGES.get(rule.get("script", ""))):
-            return [language]
+        if rule["rule"] == "script_ratio":
+            named = rule.get("script", [])
+            scripts = [named] if isinstance(named, str) else named
+            if found := [LANGUAGES[script] for script in scripts if script in LANGUAGES]:
+                return found
     return None
 
 
