@@ -17,13 +17,14 @@ from msgspec.structs import replace
 from pydantic import Field, field_validator
 
 from filters.answer import Answer, TextSettings
+from filters.scripts import SENTENCE_MARKS
 from pipeline.records import Reason
 
 LONGEST_WORD = 24  # characters
 CHARS_PER_WORD = 4  # where no spaces show the words; measured on support replies and news in Japanese, Thai and Chinese
 TOP_COUNT = 3  # so often a top n-gram comes at least
 SHORTEST_SENTENCE = 10  # characters; shorter ones (와! 안녕!) may well come back
-_SENTENCES = re.compile(r"[.!?…。！？\n]")
+_SENTENCES = re.compile(f"[{SENTENCE_MARKS}\n]")
 _PARAGRAPHS = re.compile(r"\n\s*\n")
 Part = TypeVar("Part", bound=Hashable)
 

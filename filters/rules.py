@@ -18,7 +18,7 @@ from filters.answer import Answer, Nfc, RuleSettings, TextSettings, Verified, nf
 from filters.groups import AGREES, AgreesSettings, agrees
 from filters.meta_talk import MetaTalkSettings, meta_talk
 from filters.repetition import RepetitionSettings, repetition
-from filters.scripts import SCRIPTS, character_class, count_script
+from filters.scripts import SCRIPTS, SENTENCE_MARKS, character_class, count_script
 from filters.verify.compare import ChoiceSettings, MatchesSettings, choice, matches
 from filters.verify.guard import guarded
 from filters.verify.maths import MathSettings, math
@@ -168,7 +168,7 @@ def foreign_script(answer: Answer, settings: ForeignScriptSettings) -> Reason | 
 
 
 class EndingSettings(TextSettings):
-    marks: str = Field(".!?…。！？｡؟۔।", min_length=1)  # characters that may end the last sentence
+    marks: str = Field(SENTENCE_MARKS, min_length=1)  # characters that may end the last sentence
 
 
 # Emoji, their modifiers, spaces, closing brackets, quotes of both kinds: „…“ and »…« end with an opening one.

@@ -34,6 +34,7 @@ SCRIPTS: dict[str, Ranges] = {
     "khmer": ((0x1780, 0x17D3), (0x17D7, 0x17D7), (0x17DC, 0x17DD)),
     "myanmar": ((0x1000, 0x103F), (0x1050, 0x108F), (0x109A, 0x109D), (0xA9E0, 0xA9EF), (0xAA60, 0xAA7F)),
 }
+SENTENCE_MARKS = ".!?…。！？｡؟۔।॥။។៕።፧།༎։"  # Thai and Lao have none
 UNSPACED = ("han", "kana", "thai", "lao", "khmer", "myanmar")  # written without spaces between words
 
 _STARTS = {  # first code point of each range, and how far the last is from it

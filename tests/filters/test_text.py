@@ -14,6 +14,12 @@ from pipeline.errors import RecipeError
 from pipeline.records import Reason, Slots
 from tests.filters.test_rules import ENGLISH_STORY, INSTRUCTION, STORY, reason, rule_set
 
+BENGALI = (
+    "মেয়েটি হেসে উঠল। একদিন সকালে মেয়েটি তার ছোট ভাইকে নিয়ে নদীর ধারে বেড়াতে গেল। ছেলেটি বাড়ি গেল। সেখানে তারা একটি সাদা পাখি "
+    "দেখতে পেল এবং তাকে রুটি দিল। বৃষ্টি শুরু হল। পাখিটি উড়ে গিয়ে একটি বড় গাছের ডালে বসল। সবাই খুশি হল। মা তাদের জন্য "
+    "রান্নাঘরে গরম ভাত আর মাছ রান্না করছিলেন। ছেলেটি বাড়ি গেল। সবাই খুশি হল। মেয়েটি হেসে উঠল। বৃষ্টি শুরু হল।"
+)
+
 
 @pytest.mark.parametrize(
     ("text", "settings", "leaked"),
@@ -49,6 +55,12 @@ def test_foreign_script(text: str, settings: dict[str, Any], leaked: str | None)
         ("यह सही है।", False),
         ("یہ درست ہے۔", False),
         ("ありがとうございます｡", False),
+        ("အားလုံး ပြီးပါပြီ။", False),
+        ("វាចប់ហើយ។", False),
+        ("ሁሉም ሰው እኩል ነው።", False),
+        ("ཐམས་ཅད་འདྲ་མཉམ་ཡིན།", False),
+        ("Ամեն ինչ լավ է։", False),
+        ("ขอบคุณครับ", True),
         ("Er sagte: „Wir“", True),
         ("그리고 토토는", True),
         ("그리고 토토는,", True),
@@ -79,6 +91,7 @@ def test_ending_takes_other_marks() -> None:
         ("ขอบคุณที่ติดต่อเรา" * 8, "of the text"),
         ("Finn ran and ran and ran and ran and ran and ran and ran and ran and ran and ran home.", "of the text"),
         ("와! 와! 와! " + STORY, None),
+        (BENGALI, "4 of 12 sentences"),
         ("", None),
     ],
 )
