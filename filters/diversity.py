@@ -4,6 +4,7 @@ Pure: reads and writes nothing. Texts are compared folded, by character n-grams 
 """
 
 import random
+import re
 from collections.abc import Sequence
 from itertools import chain
 
@@ -11,11 +12,14 @@ import msgspec
 import numpy as np
 
 from filters.minhash import Array, band_keys, fold, jaccard, ngrams, shape_for, signatures
+from filters.scripts import UNSPACED, character_class
 from pipeline.filters_config import DedupConfig
 
 NGRAM = DedupConfig().ngram  # characters, as the filters compare answers unless a recipe says otherwise
 COMPARED = 500  # texts, at most, that the figures are taken of: they depend on how many there are
 WORDS = 3  # of an n-gram whose share is told
+_UNSPACED = character_class(*UNSPACED)
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")  # of a folded text; where nothing parts words, a character
 
 
 class Distinct:
@@ -50,7 +54,7 @@ class Diversity(msgspec.Struct, frozen=True, kw_only=True):
 def diversity(texts: Sequence[str], compared: int) -> Diversity:
     """The figures of `compared` of the texts, drawn at random (always the same): comparable if `compared` is equal."""
     folded = [fold(text) for text in random.Random(0).sample(texts, min(compared, COMPARED, len(texts)))]
-    words = [text.split() for text in folded]
+    words = [_WORD.findall(text) for text in folded]
     runs = list(chain.from_iterable(zip(*(one[at:] for at in range(WORDS)), strict=False) for one in words))
     similarity = None
     if len(folded) > 1:

@@ -306,5 +306,7 @@ def test_diversity_falls_with_repetition() -> None:
     assert alike.distinct and other.distinct and alike.similarity and other.similarity
     assert alike.distinct < 0.5 < other.distinct
     assert other.similarity < 0.5 < alike.similarity
+    japanese = diversity([f"うさぎと{thing}についての短い童話を書いてください。" for thing in "花月雨川山海空星"], 8)
+    assert japanese.distinct and japanese.distinct < 0.5  # no spaces: by character
     assert diversity(["one"], 1).similarity is None
     assert diversity([words(str(n)) for n in range(40)], 10).texts == 10
