@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from filters.judgements import SCORES, Judgement, undiscerning
+from filters.verify.extract import plain
 from generate.budget import known_price, shared_budget
 from generate.journal import Journal
 from generate.prompts import prompt_id
@@ -37,7 +38,9 @@ from pipeline.teacher_config import TeacherConfig
 Verdict = TypeVar("Verdict")
 
 TEMPLATE = 1  # of the question below: another one is another version
-WRITTEN = re.compile(rf"([{SCORES[0]}-{SCORES[-1]}])(?:\.0)? ?(?:점|/ ?{SCORES[-1]})?")  # 4, "4", 4.0, "4점", "4/5"
+WRITTEN = re.compile(  # 4, "4", 4.0, "4/5", "4점", "4分", "4 из 5", "4 điểm"
+    rf"([{SCORES[0]}-{SCORES[-1]}])(?:[.,]0)?(?: ?(?:/|of|von|de|sur|su|из) ?{SCORES[-1]})?(?: ?[^\W\d_]+)?"
+)
 _decoder = json.JSONDecoder()
 
 QUESTION = """You judge an answer that a language model gave. Judge it strictly and only by what is written here; \
@@ -286,6 +289,6 @@ def read_verdict(text: str, config: JudgeConfig) -> dict[str, int] | None:
     """Every score of a verdict, `score` included; None if any is missing or not one of 1 to 5."""
     verdict = first_object(text)
     names = (*config.rubric, "score")
-    found = {name: WRITTEN.fullmatch(unicodedata.normalize("NFKC", str(verdict.get(name)))) for name in names}
+    found = {name: WRITTEN.fullmatch(plain(unicodedata.normalize("NFKC", str(verdict.get(name))))) for name in names}
     scores = {name: int(written[1]) for name, written in found.items() if written}
     return scores if len(scores) == len(names) else None
