@@ -120,6 +120,10 @@ def test_three_answer_side_by_side_over_several_turns(run: RunDir, browser_page:
         assert page.query_selector(".turn")
         page.dispatch_event("body", "keydown", {"key": "n", "code": "KeyL", "altKey": True})
         assert page.query_selector(".turn") is None
+        page.fill("#words", "にほんご")
+        for composing in ({"isComposing": True}, {"keyCode": 229}):  # as Chromium and Safari say it
+            page.dispatch_event("#words", "keydown", {"key": "Enter", **composing})
+            assert page.query_selector(".turn") is None and page.input_value("#words") == "にほんご"
 
 
 def test_an_error_stays_in_its_column_and_the_model_can_be_asked_again(run: RunDir, browser_page: Page) -> None:
