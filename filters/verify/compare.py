@@ -26,6 +26,8 @@ _MARKS = {"Po", "Ps", "Pe", "Pi", "Pf"}
 _PUNCTUATION = [char for char in map(chr, range(0x80, 0x10000)) if unicodedata.category(char) in _MARKS]
 _AROUND = " \t\n\"'`*_.,;:!()[]" + "".join(_PUNCTUATION) + INVISIBLE
 
+DOTTED = "i\u0307"  # what Python makes of Turkish İ without case: its small letter is a plain i
+
 
 class MatchesSettings(PatternSettings, ReferenceSettings):
     form: Literal["text", "number", "json"] = Field("text", alias="as")
@@ -38,7 +40,7 @@ class MatchesSettings(PatternSettings, ReferenceSettings):
 
     def normalised(self, text: str) -> str:
         text = nfc(text)
-        text = text.casefold() if self.ignore_case else text
+        text = text.casefold().replace(DOTTED, "i") if self.ignore_case else text
         return " ".join(text.split()) if self.ignore_space else text
 
 
@@ -117,7 +119,7 @@ def choice(answer: Answer, settings: ChoiceSettings) -> Verified:
     """
     wanted = _as_text(settings.reference_of(answer)) if settings.reference else None
     own = None if wanted is None else _label(wanted, settings.labels)
-    known = [folded(label) for label in settings.labels]
+    known = list(map(_folded, settings.labels))
     if known and own is not None and own not in known:
         raise Unverified(f"the reference {shown(own)!r} is none of the labels")
     part = settings.part_of(answer)
@@ -129,13 +131,17 @@ def choice(answer: Answer, settings: ChoiceSettings) -> Verified:
     return Verified(result=result)
 
 
+def _folded(text: str) -> str:
+    return folded(text).replace(DOTTED, "i")
+
+
 def _label(text: str, labels: list[str]) -> str:
     """The label that a text says; the text itself, without the marks around it, if it says none.
 
     First the text as it stands (`.NET` beside `NET`), then without its marks, then as `B` where it is a wide `Ｂ`, then
     without the label's marks, too.
     """
-    text, known = folded(text), [folded(label) for label in labels]
+    text, known = _folded(text), list(map(_folded, labels))
     bare = text.strip(_AROUND) or text
     for said in (text, bare, unicodedata.normalize("NFKC", bare)):
         if said in known:

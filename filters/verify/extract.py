@@ -28,7 +28,9 @@ _NUMBER = re.compile(
     r"[1-9]\d{0,2}(?:(?:\.\d{3})+,\d+|(?:\.\d{3}){2,})|(?![1-9]\d{0,2},\d{3}(?!\d))\d+,\d+)(?![,.]?\d))"
     rf"|(?:(?:[1-9]\d{{0,2}}(?:,\d{{3}})+|{INDIAN})(?!\d)|\d+)?(?:\.\d+)?(?<=\d))(?:[eE][-+]?\d+)?(?!\d)"
 )
-INVISIBLE = "\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\u2066\u2067\u2068\u2069\ufeff"  # and without a width
+INVISIBLE = (  # and without a width; most say which way a text runs
+    "\u00ad\u061c\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2066\u2067\u2068\u2069\ufeff"
+)
 _DIGITS = {code: str(unicodedata.decimal(chr(code))) for code in range(0x80, 0x20000) if chr(code).isdecimal()}
 _PLAIN = _DIGITS | str.maketrans("−–－٫٬", "---.,", INVISIBLE)  # Arabic has marks of its own in numbers
 # between groups of digits: spaces that do not break, and what the Swiss write

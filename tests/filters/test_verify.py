@@ -28,6 +28,8 @@ DEEP = "[" * 10_000 + "]" * 10_000
         ({}, "  The  CAT\n", "the cat", "passes", "the cat"),
         ({}, "u\u0308ber", "\u00fcber", "passes", "\u00fcber"),
         ({}, "a dog", "the cat", "matches", "a dog"),
+        ({}, "iki DİLİM", "İki dilim", "passes", "iki dilim"),
+        ({}, "kir", "kır", "matches", "kir"),
         ({}, "b", ["a", "b"], "passes", "b"),
         ({"ignore_case": False}, "The cat", "the cat", "matches", "The cat"),
         ({"ignore_space": False}, "a  b", "a b", "matches", "a  b"),
@@ -124,6 +126,9 @@ def test_matches(settings: dict[str, Any], text: str, reference: Any, expected: 
         ({"labels": ["نعم", "لا"], "reference": True}, "نعم،", "نعم", "passes", "نعم"),
         ({"labels": ["हाँ", "नहीं"], "reference": True}, "**हाँ**।", "हाँ", "passes", "हाँ"),
         ({"labels": ["sí", "no"], "reference": True}, "¡Sí!", "sí", "passes", "sí"),
+        ({"labels": ["İade", "Fatura"], "reference": True}, "iade.", "İade", "passes", "iade"),
+        ({"labels": ["diğer", "fatura"], "reference": True}, "DİĞER", "diğer", "passes", "diğer"),
+        ({"labels": ["فاتورة", "لا"], "reference": True}, "\u202bفاتورة\u202c", "فاتورة", "passes", "فاتورة"),
         ({"labels": ["A", "B"], "reference": True}, "（Ｂ）．", "B", "passes", "b"),
         ({"labels": ["A", "B"], "reference": True}, "Ａ", "B", "choice", "a"),
         ({"labels": ["4", "-4"], "reference": True}, "–4", "4", "choice", None),  # a dash may be a minus
