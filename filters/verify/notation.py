@@ -24,6 +24,9 @@ _THOUSANDS = re.compile(  # none in the pair `(100,200)` and the set `\{100,200\
     rf"(?<![\d.,])(?<!(?<!\\)[(\[])(?<![,;] )(?<!\\\{{){_GROUPS}"
     rf"|(?<=[(\[]){_GROUPS}(?=\s*(?:[-+*/×÷^]|\\times|\\cdot|\\div))"
 )
+_DOTTED = re.compile(  # 1.234.567, 1.234,5
+    r"(?<![\w.,/^])[1-9]\d{0,2}(?:(?:\.\d{3}){2,}(?:,\d+)?|(?:\.\d{3})+,\d+)(?![,.]?\d)"
+)
 _EMPHASIS = re.compile(r"(?<![\w)\]}^*\\])(\*{1,3})(?=\S)(.+?)(?<=[^\s*])\1(?![\w(*])")  # none in 3*4 and 2**3
 # What is no part of a value goes. ’ stays, as it is also a prime.
 _PLAIN_SIGNS = str.maketrans("", "", '`"“”„‟«»‹›‘‚€£¥₩₹')
@@ -37,9 +40,13 @@ _SYMBOLIC = re.compile(  # 16π, 2√3 (as \sqrt by then), (1 + √5)/2; not the
     r"(?!(?![ckm]?m[²³]?(?![a-z]))[a-z²³])"
 )
 _RATIO = re.compile(r"(?<![\w:.,/])(\d+(?:\.\d+)?)( ?):\2(\d+(?:\.\d+)?)(?![\d:.]*\d)")
-_STATED = re.compile(  # a value right after the last word `answer` or 답 that ends its sentence or line
-    r"(?>.*(?:answer|(?<!\w)정?답은?))(?: is)?[:=]?\s*"
-    r"(?:\$.+?\$|\\\(.+?\\\)|\\\[.+?\\\]|-?\\?\$?[\d.,/]*\d) ?[^\s\d.]*(?:\.\s|\n)",
+_ANSWER = (  # the word `answer`
+    "answer|(?<!\\w)정?답은?|答案|答え|答(?=[:：])|antwort|réponse|respuesta|resposta|risposta|ответ|cevap"
+    "|đáp án|đáp số|الجواب|الإجابة|התשובה|उत्तर|คำตอบ"
+)
+_STATED = re.compile(  # a value right after the last word `answer` that ends its sentence or line
+    rf"(?>.*(?:{_ANSWER}))(?: ?(?:is|ist|est|es|é|è|là|هو|هي|是|为|は|คือ))?\s?[:：=]?\s*"
+    r"(?:\$.+?\$|\\\(.+?\\\)|\\\[.+?\\\]|-?\\?\$?[\d.,/]*\d) ?[^\s\d.。।]*(?:[.।]\s|。|\n)",
     re.IGNORECASE | re.DOTALL,
 )
 _LATEX = re.compile(r"\$|\\[(\[]")
@@ -92,6 +99,7 @@ def _plain(text: str) -> str:
     That is `1.5e3` as 1500, `1 1/2` as 3/2 and `10\,500` as 10500: it would read 1.5, 1 and 10 times 500.
     """
     text = _EMPHASIS.sub(r"\2", plain(text).translate(_PLAIN_SIGNS))
+    text = _DOTTED.sub(lambda match: match[0].replace(".", "").replace(",", "."), text)
     text = _UNIT.sub("", as_one_number(text).replace("\\$", ""))
     text = _CHOSEN.sub(lambda match: f"{unicodedata.numeric(match[0]):.0f}", _PI.sub("π", text))
     text = _ROOT.sub(lambda match: f"\\sqrt{{{match[1] or match[2]}}}", text)

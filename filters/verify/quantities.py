@@ -1,4 +1,4 @@
-"""Quantities of which math-verify would read one part: `1만 2천`, `3분의 2`, `1.5 million`, `3시간 20분`, `42 (6 × 7)`.
+"""Quantities of which math-verify would read one part: `1만 2천`, `12万`, `3분의 2`, `1.5 million`, `3시간 20분`, …
 
 Pure: texts in, texts out. Each becomes the one number that it is; what is not certain stays as it stands.
 """
@@ -18,6 +18,9 @@ _KOREAN = re.compile(  # 1억 2천만, 3만5천, 12만 3,400; not 2만큼 (by 2)
     r"(?<! )(?![\d,.]*\d|[십백천만억조큼])(?:(?<!조)|(?= ?[원달]))"
 )
 _PART = re.compile(rf"({_DIGITS})?([십백천]?) ?([만억조]?)")
+# The same in Japanese and Chinese; not 3千克 (kilograms), 3千米 (kilometres), 3百分点 (points of percent).
+_HAN = re.compile(r"(?<=\d)(?:[十百千]?[万萬億亿]|千(?![克米瓦卡焦赫帕伏字])|百(?![分货]))")
+_AS_KOREAN = str.maketrans("十百千万萬億亿", "십백천만만억억")
 _ENGLISH = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _IN_WORDS = re.compile(  # 1.5 million, 3 hundred thousand, 3 \text{ dozen}
     rf"{_ALONE}({_DIGITS})(?: ?\\text\{{)?((?:[ -]?(?:{'|'.join(_ENGLISH)})\b)+)\}}?", re.IGNORECASE
@@ -47,6 +50,7 @@ def as_one_number(text: str) -> str:
     """The text with each such quantity as one number, of units in the smaller one: `3시간 20분` is `200분`."""
     text = _BELOW_ZERO.sub("-", text)
     text = _FRACTION.sub(lambda found: f"{found[1] or ''} {found[3]}/{found[2]}".lstrip(), text)
+    text = _HAN.sub(lambda found: found[0].translate(_AS_KOREAN), text)
     text = _KOREAN.sub(_sum_of_parts, text)
     text = _IN_WORDS.sub(_product, text)
     for units, factor in _UNITS if _ANY_UNIT.search(text) else ():

@@ -44,6 +44,43 @@ def test_numbers_as_india_the_arab_world_and_switzerland_write_them(text: str, r
     check(text, right, wrong)
 
 
+@pytest.mark.parametrize(
+    ("text", "right", "wrong"),
+    [
+        ("Đáp án: 1.500.000 đồng", "1500000", "1.5"),
+        ("Es sind 12.345,67 €.", "12345.67", "12.345"),
+        ("Es sind 1.234 m.", "1.234", "1234"),  # as English has it
+        ("答えは12万円です。", "120000", "12"),
+        ("\\boxed{3万}", "30000", "3"),
+        ("1億2千万円", "120000000", "2"),
+        ("共2亿5千万元。", "250000000", "5"),
+        ("答案是5千克。", "5", "5000"),
+    ],
+)
+def test_numbers_as_europe_vietnam_japan_and_china_write_them(text: str, right: str, wrong: str) -> None:
+    check(text, right, wrong)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "答案是72。我检查了3遍。",
+        "答えは72個です。3回確認しました。",
+        "Die Antwort ist 72. Ich habe 3 Mal geprüft.",
+        "Ответ: 72. Я проверил 3 раза.",
+        "La respuesta es 72. Lo revisé 3 veces.",
+        "La réponse est 72. J'ai vérifié 3 fois.",
+        "Đáp án là 72. Tôi đã kiểm tra 3 lần.",
+        "الجواب هو 72. راجعت 3 مرات.",
+        "उत्तर: 72। मैंने 3 बार जाँचा।",
+        "คำตอบคือ 72\nฉันตรวจ 3 ครั้ง",
+        "他回答3个问题。一共得72",
+    ],
+)
+def test_what_follows_the_stated_answer_does_not_count_in_other_languages(text: str) -> None:
+    check(text, "72", "3")
+
+
 def test_an_equation_to_solve_is_no_value() -> None:
     assert verify("math", "$2x + 3 = 7$", settings_of("math"), "7x").result == "Eq(2*x + 3, 7)"
     assert outcome(verify("math", "\\boxed{0 < x < 5}", settings_of("math"), "0 < x < 5")) == "passes"
