@@ -31,8 +31,8 @@ _MIX = np.uint64(0xBF58476D1CE4E5B9)
 _SELECTORS = {chr(code) for code in range(0xFE00, 0xFE10)}  # they choose how an emoji is drawn, and count as marks
 _PLAIN = re.compile("[\x00-\x7f가-힣“”‘’…·—–]*")
 _PLAIN_WORDS = re.compile("[0-9a-z가-힣]+")
-_MARKS = ".,;:?…。，、；：？؟،؛۔।"
-_END_OF_WORD = re.compile(rf"(?<=[^\s{_MARKS}])(?:[{_MARKS}]+|\s+[?？؟]+)(?!\S)")
+_MARKS = ".,;:?…。，、；：？؟،؛۔।॥။၊។៕።፧།༎։"
+_AROUND_WORD = re.compile(rf"(?<=[^\s{_MARKS}])(?:[{_MARKS}]+|\s+[?？؟]+)(?!\S)|(?<!\S)[¿¡]+")
 
 
 @cache
@@ -52,9 +52,9 @@ def fold(text: str) -> str:
 
 
 def fold_prompt(text: str) -> str:
-    """The text in NFC, without case, spacing and marks after a word. Signs stay: `12 + 7` asks other than `12 - 7`."""
+    """The text in NFC, without case, spacing and marks around a word. Signs stay: `12 + 7` asks other than `12 - 7`."""
     seen = text if _PLAIN.fullmatch(text) else "".join(filter(_fold_char, text))  # without joiners, byte order marks
-    return folded(_END_OF_WORD.sub("", seen))
+    return folded(_AROUND_WORD.sub("", seen))
 
 
 def digest(text: str) -> bytes:
