@@ -72,10 +72,11 @@ def _repeated_ngrams(text: str, settings: RepetitionSettings) -> Reason | None:
         if not again:
             break  # if no n-gram comes twice, no longer one does
         if n in top_ngrams and (reason := _top_ngram(again, n, top_ngrams[n], units, lengths)):
-            return reason
+            said = reason.found if per_word == 1 else reason.found.replace(" ", "")
+            return replace(reason, n=n // per_word, found=said)
         limit = duplicate_ngrams.get(n)
         if limit is not None and (share := _chars_again(again, n, lengths) / sum(lengths)) > limit:
-            return Reason(rule="repetition", what="duplicate_ngrams", n=n, value=share, at_most=limit)
+            return Reason(rule="repetition", what="duplicate_ngrams", n=n // per_word, value=share, at_most=limit)
         # A longer n-gram that comes twice is two of these, a word apart: few places are left.
         keys = [(place, (again[place], again[place + 1])) for place in again if place + 1 in again]
     return None

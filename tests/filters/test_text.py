@@ -122,6 +122,13 @@ def test_a_share_is_told_apart_from_its_limit(value: float, said: str) -> None:
     assert describe(why) == f"`baking soda` 2 times: {said} of the text, at most 20%"
 
 
+def test_a_loop_without_spaces_is_told_in_words_of_the_setting() -> None:
+    settings: dict[str, Any] = {"duplicate_sentences": None, "duplicate_sentence_chars": None, "repeated_span": None}
+    text = "昔あるところに、花の好きな小さなうさぎがいました。"
+    assert "`さぎがいました。` 3 times" in (reason("repetition", text * 3, **settings) or "")
+    assert "repeated runs of 5 words" in (reason("repetition", text * 2, **settings) or "")
+
+
 def test_each_measure_of_repetition_can_be_turned_off_and_set() -> None:
     off: dict[str, Any] = {
         "top_ngrams": {}, "duplicate_ngrams": {}, "duplicate_sentences": None, "duplicate_sentence_chars": None,
