@@ -8,6 +8,7 @@ under each key is the only description of it: `--help` and docs/settings.md show
 """
 
 import re
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ class Recipe(Section):
     @field_validator("name")
     @classmethod
     def _names_a_folder(cls, name: str) -> str:
-        if not re.fullmatch(r"[\w.-]+", name) or not name.strip("."):
+        letters = "".join(char for char in name if unicodedata.category(char) not in ("Mn", "Mc"))  # नि without its ि
+        if not re.fullmatch(r"[\w.-]+", letters) or not name.strip("."):
             raise ValueError("names a folder: letters, digits, -, _, and dots between them, as in my_tickets")
         return name
 

@@ -73,6 +73,13 @@ def test_a_loaded_recipe_is_the_same_type_and_value_as_one_built_in_python(path:
     assert load_recipe(path) == built
 
 
+def test_letters_of_a_name_may_have_marks(path: Path) -> None:
+    for name in ("นิทาน", "कहानी_१", "ngữ-liệu", "物語"):
+        assert load_recipe(path, ["--name", name]).name == name
+    with pytest.raises(RecipeError, match="names a folder"):
+        load_recipe(path, ["--name", "\u0e34"])  # a mark without a letter
+
+
 def test_files_that_the_recipe_names_are_relative_to_it(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
