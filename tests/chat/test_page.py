@@ -120,6 +120,8 @@ def test_three_answer_side_by_side_over_several_turns(run: RunDir, browser_page:
         assert page.query_selector(".turn")
         page.dispatch_event("body", "keydown", {"key": "n", "code": "KeyL", "altKey": True})
         assert page.query_selector(".turn") is None
+        page.fill("#words", "ما هي عاصمة فرنسا؟")
+        assert page.evaluate("getComputedStyle(document.getElementById('words')).direction") == "rtl"
         page.fill("#words", "にほんご")
         for composing in ({"isComposing": True}, {"keyCode": 229}):  # as Chromium and Safari say it
             page.dispatch_event("#words", "keydown", {"key": "Enter", **composing})
