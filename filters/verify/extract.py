@@ -35,6 +35,7 @@ _DIGITS = {code: str(unicodedata.decimal(chr(code))) for code in range(0x80, 0x2
 _PLAIN = _DIGITS | str.maketrans("−–－٫٬", "---.,", INVISIBLE)  # Arabic has marks of its own in numbers
 # between groups of digits: spaces that do not break, and what the Swiss write
 _THIN_SPACE = re.compile(r"(?<=\d)(?:\\[,:;! ]|[~\u00a0\u2009\u202f'’])(?=\d{3}(?!\d))")
+_SPACED = re.compile(r"\D*[1-9]\d{0,2}(?: \d{3})+(?:[.,]\d+)?\D*")  # 12 500 рублей: the only number of a text
 _SHOWN = 100  # characters of an answer that a reason quotes
 
 
@@ -122,7 +123,10 @@ def last_number(text: str) -> float | None:
     A sign follows no letter or digit: the last number of `10-20` is 20; that of `-$5` is -5. A number of digits only
     is an int.
     """
-    found = [match for match in _NUMBER.finditer(plain(text).replace("{,}", ",")) if match[0]]
+    text = plain(text).replace("{,}", ",")
+    if _SPACED.fullmatch(text):
+        text = re.sub(r"(?<=\d) (?=\d)", "", text)
+    found = [match for match in _NUMBER.finditer(text) if match[0]]
     if not found:
         return None
     said = found[-1][0]
