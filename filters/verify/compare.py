@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from filters.answer import Answer, Verified, nfc
 from filters.verify.extract import (
+    DECIMAL_COMMA,
     INVISIBLE,
     PatternSettings,
     ReferenceSettings,
@@ -17,6 +18,7 @@ from filters.verify.extract import (
     parse_json,
     same_number,
     shown,
+    with_decimal_point,
 )
 from filters.verify.guard import Unreadable, Unverified
 from pipeline.records import Reason, folded
@@ -36,6 +38,7 @@ class MatchesSettings(PatternSettings, ReferenceSettings):
     tolerance: float | None = Field(
         None, ge=0, description="of numbers, as a share of the reference; none: 1e-6, and 0 of whole numbers"
     )
+    decimal_comma: bool = Field(False, description=DECIMAL_COMMA)
     model_config = ConfigDict(serialize_by_alias=True)
 
     def normalised(self, text: str) -> str:
@@ -51,6 +54,8 @@ def matches(answer: Answer, settings: MatchesSettings) -> Verified:
         return _same_json(part, reference)
     wanted = reference if isinstance(reference, list) else [reference]
     if settings.form == "number":
+        if settings.decimal_comma:
+            part, *wanted = map(with_decimal_point, (part, *wanted))
         return _same_number(part, wanted, settings.tolerance)
     texts = list(map(_as_text, wanted))
     result = settings.normalised(part)

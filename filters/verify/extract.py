@@ -28,6 +28,7 @@ _NUMBER = re.compile(
     r"[1-9]\d{0,2}(?:(?:\.\d{3})+,\d+|(?:\.\d{3}){2,})|(?![1-9]\d{0,2},\d{3}(?!\d))\d+,\d+)(?![,.]?\d))"
     rf"|(?:(?:[1-9]\d{{0,2}}(?:,\d{{3}})+|{INDIAN})(?!\d)|\d+)?(?:\.\d+)?(?<=\d))(?:[eE][-+]?\d+)?(?!\d)"
 )
+DECIMAL_COMMA = "`12.500` is 12500 and `3,5` is 3.5, in answers and in references that are texts"
 INVISIBLE = (  # and without a width; most say which way a text runs
     "\u00ad\u061c\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2066\u2067\u2068\u2069\ufeff"
 )
@@ -115,6 +116,13 @@ def _flush_left(text: str) -> str:
 def plain(text: str) -> str:
     """The text with digits as 0-9, every minus as `-`, and nothing that cannot be seen or parts groups of digits."""
     return _THIN_SPACE.sub("", text.translate(_PLAIN))
+
+
+def with_decimal_point(value: Any) -> Any:
+    """A text in which a comma is the decimal sign as English writes its numbers; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"(?<=\d)(?:,|\{,\})(?=\d)", ".", re.sub(r"(?<=\d)\.(?=\d{3}(?!\d))", "", value))
 
 
 def last_number(text: str) -> float | None:

@@ -6,7 +6,14 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from filters.answer import Answer, Verified
-from filters.verify.extract import PatternSettings, ReferenceSettings, boxed, shown
+from filters.verify.extract import (
+    DECIMAL_COMMA,
+    PatternSettings,
+    ReferenceSettings,
+    boxed,
+    shown,
+    with_decimal_point,
+)
 from filters.verify.guard import Unreadable
 from filters.verify.worker import call
 from pipeline.records import Reason
@@ -14,6 +21,7 @@ from pipeline.records import Reason
 
 class MathSettings(PatternSettings, ReferenceSettings):
     seconds: float = Field(5, gt=0)  # for the pattern, and for reading and comparing both
+    decimal_comma: bool = Field(False, description=DECIMAL_COMMA)
 
     @model_validator(mode="after")
     def _is_there(self) -> Self:
@@ -25,7 +33,10 @@ class MathSettings(PatternSettings, ReferenceSettings):
 
 def math(answer: Answer, settings: MathSettings) -> Verified:
     r"""Drops an answer whose value is not the reference's: what \boxed{…} or the pattern holds, else its last value."""
-    reference, part = str(settings.reference_of(answer)), settings.part_of(answer)
+    reference, part = settings.reference_of(answer), settings.part_of(answer)
+    if settings.decimal_comma:
+        reference, part = with_decimal_point(reference), with_decimal_point(part)
+    reference = str(reference)
     exact = boxed(part)
     if exact is None and settings.pattern:
         exact = part

@@ -81,6 +81,13 @@ def test_what_follows_the_stated_answer_does_not_count_in_other_languages(text: 
     check(text, "72", "3")
 
 
+def test_a_point_parts_groups_of_digits_where_the_recipe_says_so() -> None:
+    settings = settings_of("math", decimal_comma=True)
+    for text, right in (("Es sind 12.500 €.", "12500"), ("\\boxed{3{,}125}", "25/8"), ("2,5 kg", "2,5")):
+        assert outcome(verify("math", text, settings, right)) == "passes"
+    assert outcome(verify("math", "Es sind 12.500 €.", settings, "12.5")) == "math"
+
+
 def test_an_equation_to_solve_is_no_value() -> None:
     assert verify("math", "$2x + 3 = 7$", settings_of("math"), "7x").result == "Eq(2*x + 3, 7)"
     assert outcome(verify("math", "\\boxed{0 < x < 5}", settings_of("math"), "0 < x < 5")) == "passes"
