@@ -2,9 +2,11 @@
 
 The sample takes as many dropped answers as kept ones, so an answer counts for as many of the run as its stratum has
 for each one reviewed: precision and recall are those of the whole run. Their intervals are 95% of the posterior under
-Jeffreys' prior in each stratum (Brown, Cai and DasGupta 2001, "Interval Estimation for a Binomial Proportion"), which
-holds for few answers and for shares of 0 and 1. Scores are compared by Cohen's kappa with quadratic weights (Cohen
-1968). What is compared is what the filters say now: change a rule, filter again, and ask again.
+Jeffreys' prior (Brown, Cai and DasGupta 2001, "Interval Estimation for a Binomial Proportion"), which holds for few
+answers and for shares of 0 and 1. There is one prior for all kept answers and one for all dropped ones, divided among
+their strata by size: with one for each of eight rules that drop nothing good, the recall would be sure to be under 1.
+Scores are compared by Cohen's kappa with quadratic weights (Cohen 1968). What is compared is what the filters say now:
+change a rule, filter again, and ask again.
 """
 
 from collections import Counter
@@ -102,12 +104,16 @@ def precision_and_recall(cases: Sequence[Case], population: dict[str, int]) -> t
     """Of the run that the cases were drawn from, with `population` answers in each stratum."""
     rng = np.random.default_rng(0)
     exact, drawn = np.zeros((2, 2)), np.zeros((2, 2, DRAWS))  # [kept, accepted]: answers of the run
-    for stratum in sorted({case.stratum for case in cases}):
-        counts = np.zeros((2, 2))
-        for case in cases:
-            counts[int(case.kept), int(case.accepted)] += case.stratum == stratum
+    tables = {stratum: np.zeros((2, 2)) for stratum in sorted({case.stratum for case in cases})}
+    for case in cases:
+        tables[case.stratum][int(case.kept), int(case.accepted)] += 1
+    sizes = np.array([0, 0])  # answers of the strata, dropped and kept
+    for stratum, counts in tables.items():
+        sizes += population[stratum] * counts.any(axis=1)
+    for stratum, counts in tables.items():
         sides = counts.any(axis=1)  # one side, unless the filters have changed since
-        shares = rng.dirichlet(counts[sides].ravel() + 0.5, DRAWS).T.reshape(-1, 2, DRAWS)
+        prior = 0.5 * population[stratum] / sizes[sides, None]
+        shares = rng.dirichlet((counts[sides] + prior).ravel(), DRAWS).T.reshape(-1, 2, DRAWS)
         exact += population[stratum] * counts / counts.sum()
         drawn[sides] += population[stratum] * shares
 

@@ -236,6 +236,18 @@ def test_precision_and_recall_are_those_of_the_run() -> None:
     assert recall.low < 720 / 770 < recall.high
 
 
+def test_the_recall_does_not_depend_on_how_many_rules_drop_the_same_answers() -> None:
+    """48 of 320 dropped answers are reviewed, and none is accepted: by one rule, or six by each of eight."""
+    kept = [Case(KEPT, True, n < 46) for n in range(50)]
+    eight = [Case(f"rule {n % 8}", False, False) for n in range(48)]
+    one = [case._replace(stratum="rule") for case in eight]
+    _, of_one = precision_and_recall([*kept, *one], {KEPT: 680, "rule": 320})
+    _, of_eight = precision_and_recall([*kept, *eight], {KEPT: 680} | {f"rule {n}": 40 for n in range(8)})
+    assert of_one and of_eight
+    assert str(of_one) == "1.00 (0.97-1.00)"
+    assert of_eight == pytest.approx(of_one, abs=0.002)
+
+
 def test_without_an_accepted_answer_there_is_no_recall() -> None:
     precision, recall = precision_and_recall([Case(KEPT, True, False)], {KEPT: 5})
     assert precision and precision.value == 0 and recall is None
