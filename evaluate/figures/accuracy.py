@@ -24,6 +24,7 @@ from pipeline.recipe import Recipe
 from pipeline.records import Prompt, Reason, as_text, said
 
 SAMPLES = 20  # prompts whose answers are shown side by side
+ROUNDING = 1e-12  # a variance under this is that of equal numbers
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,7 @@ class VerifiedAnswers:
             right = [float(not reasons[prompt.id]) for prompt in prompts]
             share = ratio(right, [1.0] * len(right), drawn)
             assert share is not None
-            alike = share.resampled.min() == share.resampled.max()  # as of one group: the bootstrap sees no spread
-            exact = share.prompts == len(prompts) or alike  # else some are not independent
-            found[key] = replace(share, exact=wilson(share.value, int(share.prompts)) if exact else None)
+            found[key] = replace(share, exact=wilson(share.value, independent(share, len(prompts))))
         return found
 
     def wrong(self) -> dict[str, dict[str, float]]:
@@ -124,7 +123,17 @@ def verified_samples(verified: VerifiedAnswers, labels: Mapping[str, str]) -> li
     return samples
 
 
-def wilson(share: float, count: int) -> tuple[float, float]:
+def independent(share: Figure, prompts: int) -> float:
+    """How many independent prompts tell as much as these, whose groups may be alike within: n over the design effect
+    (Kish 1965), by the spread of the resamples. Where these do not differ, as many as there are groups.
+    """
+    groups, spread = share.prompts, float(share.resampled.var())
+    if groups == prompts or spread < ROUNDING:
+        return groups
+    return min(share.value * (1 - share.value) / spread * (groups - 1) / groups, prompts)
+
+
+def wilson(share: float, count: float) -> tuple[float, float]:
     """The 95% interval of a share of `count` (Wilson 1927). Unlike the bootstrap's, it has a width at 0 and at 1."""
     middle, spread = share + Z * Z / (2 * count), Z * (share * (1 - share) / count + Z * Z / (4 * count**2)) ** 0.5
     scale = 1 + Z * Z / count

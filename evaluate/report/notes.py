@@ -75,10 +75,10 @@ def of_right_answers(plan: Plan, verified: VerifiedAnswers | None) -> Iterator[s
     count, groups = len(test), len({verified.groups[prompt.id] for prompt in test})
     asked = f"{count} test prompts" + (f" of {groups} groups" if groups < count else "")
     asked += f" and {unseen} of evaluate.probes_file" if unseen else ""
-    intervals = "The bootstrap draws whole groups" if groups < count else "Shares have Wilson's interval"
+    worth = ", for as many prompts as the groups are worth" if groups < count else ""
     yield (
         f"Right answers, by {rules}: {asked}, set apart before anything was filtered; temperature 0, at most "
-        f"{recipe.sampling.max_tokens} tokens. {intervals}; differences and ratios are paired."
+        f"{recipe.sampling.max_tokens} tokens. Shares have Wilson's interval{worth}; differences and ratios are paired."
     )
     if count + unseen < (wanted := len(plan.questions.all)):
         yield f"Right answers are over the {count + unseen} of {wanted} prompts that every model answered."

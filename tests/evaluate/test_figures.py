@@ -420,10 +420,21 @@ def test_the_share_of_right_answers_to_groups_is_less_sure() -> None:
 
     alone, grouped = shares(None), shares("of")
     assert [share.prompts for share in (*alone.values(), *grouped.values())] == [60, 60, 20, 20]
-    assert alone["half"].exact == wilson(0.5, 60) and grouped["half"].exact is None
+    assert alone["half"].exact == wilson(0.5, 60) and grouped["half"].exact == pytest.approx(wilson(0.5, 19), abs=0.01)
     assert grouped["all"].exact == wilson(1.0, 20)
     one, other = (share["half"].estimate() for share in (alone, grouped))
     assert 1.5 < (other.high - other.low) / (one.high - one.low) < 2  # the square root of 3
+
+
+def test_the_share_of_groups_that_are_nearly_all_right_is_not_sure_to_be_so_high() -> None:
+    """One of twenty groups is wrong in all five. Of resamples 36% have it nowhere, and the bootstrap ends at 85%."""
+    prompts = [Prompt(id=f"p{n}", messages=[]) for n in range(100)]
+    reasons = {f"p{n}": [Reason(rule="math")] * (n < 5) for n in range(100)}
+    groups = {f"p{n}": n // 5 for n in range(100)}
+    share = VerifiedAnswers({}, {"teacher": reasons}, {"verified": prompts}, groups).shares(prompts)["teacher"]
+    estimate = share.estimate()
+    assert (estimate.low, estimate.high) == pytest.approx(wilson(0.95, 19), abs=0.02)
+    assert estimate.low < 0.79 and estimate.high < 1
 
 
 @pytest.mark.parametrize(("groups", "wrong", "interval"), [(1, 1, (0.1444, 0.9933)), (3, 3, (0.1253, 0.8747))])
