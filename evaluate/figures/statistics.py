@@ -5,6 +5,7 @@ groups (`prompts.group`), whole groups are. Every model's figures are computed o
 ratios between models are paired.
 """
 
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
@@ -16,7 +17,6 @@ from evaluate.document import Estimate
 
 SEED = 0
 RESAMPLES = 2000
-AT_ONCE = 100  # resamples whose n-grams are counted at once
 
 
 @dataclass(frozen=True)
@@ -100,19 +100,19 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float], drawn: Res
 def distinct(texts: Sequence[Sequence[str]], n: int, drawn: Resamples) -> Figure | None:
     """distinct-n (Li et al. 2016): different n-grams over all words, of all texts together (each a list of words).
 
-    A resample holds some texts twice, so it has fewer different n-grams, and its figure is too low. So the resampled
-    figures are moved until their mean is the figure itself; only their spread makes the interval.
+    A resample holds some texts twice, which alone lowers the figure, and its spread is not the figure's. So the
+    resampled figures are linear, by the jackknife: each group counts by how far the figure falls without it.
     """
-    words = np.array([len(text) for text in texts], dtype=float)
+    words = np.bincount(drawn.groups, [len(text) for text in texts])
     if not words.sum():
         return None
-    grams = [{tuple(text[start : start + n]) for start in range(len(text) - n + 1)} for text in texts]
-    column = {gram: number for number, gram in enumerate(set.union(*grams))}
-    present = np.zeros((len(texts), len(column)), dtype=np.float32)
-    for number, own in enumerate(grams):
-        present[number, [column[gram] for gram in own]] = 1
-    some = (drawn.counts > 0).astype(np.float32)
-    different = [((some[start : start + AT_ONCE] @ present) > 0).sum(axis=1) for start in range(0, len(some), AT_ONCE)]
-    resampled = np.concatenate(different) / np.maximum(drawn.counts @ words, 1)
-    value = len(column) / float(words.sum())
-    return Figure(value, np.clip(resampled + (value - resampled.mean()), 0, 1), prompts=drawn.count_groups())
+    grams: list[set[tuple[str, ...]]] = [set() for _ in words]
+    for group, text in zip(drawn.groups, texts, strict=True):
+        grams[group].update(zip(*(text[start:] for start in range(n)), strict=False))
+    holders = Counter(gram for own in grams for gram in own)
+    alone = np.array([sum(holders[gram] == 1 for gram in own) for own in grams])
+    value = len(holders) / float(words.sum())
+    without = (len(holders) - alone) / np.maximum(words.sum() - words, 1)
+    counts = drawn.counts[:, np.unique(drawn.groups, return_index=True)[1]]
+    resampled = value + (counts - 1) @ (value - without) * (len(words) - 1) / len(words)
+    return Figure(value, np.clip(resampled, 0, 1), prompts=len(words))

@@ -76,12 +76,25 @@ def test_distinct_n_by_hand() -> None:
 
 def test_the_interval_of_distinct_n_is_around_the_figure() -> None:
     # Twenty answers that share half of their words: a resample repeats some, which alone would put it below.
-    texts = [[f"shared{i % 5}", f"own{i}"] for i in range(20)]
+    texts = [[f"shared{i % 5}", *[f"own{i}"] * (1 + i % 2)] for i in range(20)]
     found = distinct(texts, 1, draw(range(20)))
-    assert found and found.value == 25 / 40
+    assert found and found.value == 25 / 50
     estimate = found.estimate()
     assert estimate.low < found.value < estimate.high and estimate.high - estimate.low < 0.3
     assert float(found.resampled.mean()) == pytest.approx(found.value, abs=0.01)
+
+
+def test_the_interval_of_distinct_n_knows_that_another_set_of_answers_repeats_more_or_less() -> None:
+    # Half of the answers are one story: the figure is nearly the share of the others, so as wide as that share's.
+    texts = [[f"{'all' if i % 2 else i} {n}" for n in range(10)] for i in range(40)]
+    found = distinct(texts, 1, draw(range(40)))
+    share = ratio([1.0, 0.0] * 20, [1.0] * 40, draw(range(40)))
+    assert found and share and found.value == 21 / 40
+    (low, high), (least, most) = ((one.estimate().low, one.estimate().high) for one in (found, share))
+    assert high - low == pytest.approx(most - least, abs=0.01)
+    grouped = distinct(texts, 1, draw([n // 2 for n in range(40)]))  # each of twenty groups has the story once
+    assert grouped and grouped.value == found.value and grouped.prompts == 20
+    assert grouped.estimate().low == pytest.approx(grouped.estimate().high)
 
 
 def test_the_bootstrap_of_a_share_is_the_binomial_s() -> None:
