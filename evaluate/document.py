@@ -35,8 +35,9 @@ def number(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """A share or a ratio for people: 82%, 1,200%."""
-    return f"{value:,.0%}"
+    """A share or a ratio for people: 82%, 1,200%. What is nearly none or all has a decimal: 99.7% is not 100%."""
+    text = f"{value:,.0%}"
+    return f"{value:.1%}" if text in ("0%", "100%") and value not in (0, 1) else text
 
 
 def millions(parameters: float) -> str:

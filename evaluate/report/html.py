@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from evaluate.document import Report, ShownAnswer
+from evaluate.document import Report, ShownAnswer, percent
 from evaluate.report import charts, tables
 from filters.scripts import character_class
 from pipeline.lineage import spent_on_answers
@@ -59,7 +59,7 @@ def _render(template: str, **variables: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"lang_of": lang_of, "remarks": remarks}  # macros see globals only
+    environment.globals |= {"lang_of": lang_of, "remarks": remarks, "percent": percent}  # macros see globals only
     return environment.get_template(template).render(**variables)
 
 

@@ -23,6 +23,7 @@ from evaluate.document import (
     TrainingLog,
     millions,
     number,
+    percent,
 )
 from evaluate.measure.results import Results
 from evaluate.report.charts import LossChart, axis_panels, drop_bars, loss_chart
@@ -84,6 +85,22 @@ def test_many_models_are_printed_in_more_tables() -> None:
 )
 def test_numbers_for_people(value: float, text: str) -> None:
     assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0%"),
+        (1 / 300, "0.3%"),
+        (0.624, "62%"),
+        (299 / 300, "99.7%"),
+        (1.0, "100%"),
+        (1.004, "100.4%"),
+        (12.0, "1,200%"),
+    ],
+)
+def test_a_share_is_called_none_or_all_only_where_it_is(value: float, text: str) -> None:
+    assert percent(value) == text
 
 
 def test_parameters_for_people() -> None:
