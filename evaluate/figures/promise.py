@@ -3,9 +3,10 @@
 Pure arithmetic. Each part is a ratio, and holds only if its whole interval is at least what is promised. A figure over
 fewer than 60 prompts (or groups of them) shows no quality: the bootstrap's interval of a share near 1 is too narrow
 there. With 29 of 30 right it begins at 90%, which 18% of the students that are right in just 90% reach; from 60 prompts
-on, 3 to 7% of them are told yes. A share (right answers, or answers that pass) shows no quality either if the teacher
-has fewer than 30 of them: if it is right in 18 of 60 prompts, 17% of such students would be told yes, and 40% if it is
-right in 9. Over fewer than PROMPTS_TO_DIFFER no quality is missed. Source of the promise: docs/evaluation.md.
+on, 3 to 8% of them are told yes, 12% where the teacher is right in 35. A share (right answers, or answers that pass)
+shows no quality either if the teacher has fewer than 30 of them: if it is right in 18 of 60 prompts, 17% of such
+students would be told yes, and 40% if it is right in 9. Over fewer than PROMPTS_TO_DIFFER no quality is missed. Source
+of the promise: docs/evaluation.md.
 """
 
 import math
