@@ -23,6 +23,7 @@ from pipeline.students import AFTER, TEACHER
 QUALITY = 0.9  # of the teacher's: the lower end of 90-95%
 TIMES = 3.0  # smaller, faster, and less memory
 ENOUGH = 60  # prompts
+ENOUGH_TIMINGS = 3  # of equal models, all of 3 timings beat the other's 3 in 1 of 20; of 2 in 1 of 6
 ENOUGH_RIGHT = 30  # right answers of the teacher, or answers of it that pass the rules
 SHARES = ("accuracy", "passing")
 AXES = ("quality", "speed", "memory")
@@ -36,11 +37,12 @@ def claims(
     *,
     verified: bool,
     machines: Sequence[str] = (),
+    timings: int = ENOUGH_TIMINGS,
 ) -> list[Claim]:
     """All parts of the promise, in order; those that were not measured have no value.
 
     If answers are `verified`, the share of right ones is the quality, and answers per second are the speed. There is no
-    speed if it was timed on several `machines`.
+    speed if it was timed on several `machines`; `timings`: how often each model was timed, at least.
     """
     test, probes, right = (figures.get(part, {}) for part in ("test", "all", "verified"))
     if verified:
@@ -54,11 +56,11 @@ def claims(
         ]
         rate, unit = "tokens_per_s", "tokens/s saturated"
     speed = _speed(teacher, after, rate) if len(machines) < 2 else None
-    once = speed is not None and speed.low == speed.high  # one timing does not say how far another would differ
+    few = "timed once" if speed and speed.low == speed.high else "timed twice" if timings < ENOUGH_TIMINGS else ""
     return [
         *quality,
         _claim("size", "memory", "parameters, teacher's over student's", _times(teacher, after, "parameters")),
-        _claim("speed", "speed", f"{unit}, student's over teacher's", speed, once=once),
+        _claim("speed", "speed", f"{unit}, student's over teacher's", speed, few=few),
         _claim("memory", "memory", "weights, teacher's over student's", _times(teacher, after, "weights_mib")),
     ]
 
@@ -98,7 +100,7 @@ def _claim(
     value: Estimate | None,
     prompts: float = ENOUGH,
     *,
-    once: bool = False,
+    few: str = "",
     rare: bool = False,
 ) -> Claim:
     claim = Claim(name=name, axis=axis, text=text, promised=QUALITY if axis == "quality" else TIMES)
@@ -112,8 +114,8 @@ def _claim(
         why = f"under {least} prompts"
     elif reached and rare:
         why = f"under {ENOUGH_RIGHT} of the teacher's"
-    elif once:
-        why = "timed once"
+    elif few:
+        why = few
     verdict = "not shown" if why or could_be_reached else "yes" if reached else "no"
     return msgspec.structs.replace(claim, value=value, verdict=verdict, why=why)
 

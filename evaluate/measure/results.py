@@ -169,8 +169,15 @@ class Results:
 
         Speeds of different machines are never compared.
         """
+        return sorted({burst.machine for bursts in self._bursts(verified) for burst in bursts})
+
+    def timings(self, *, verified: bool) -> int:
+        """How often the one of these two was timed that was timed less often."""
+        return min(map(len, self._bursts(verified)), default=0)
+
+    def _bursts(self, verified: bool) -> list[list[Burst]]:
         own = self.verified if verified else self.timed
-        return sorted({burst.machine for key in (TEACHER, AFTER) if key in own for burst in own[key].bursts})
+        return [own[key].bursts for key in (TEACHER, AFTER) if key in own]
 
 
 @dataclass(frozen=True)

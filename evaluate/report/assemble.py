@@ -87,7 +87,7 @@ def build_report(plan: Plan, results: Results, problem: str, *, given: str) -> R
         recipe=recipe.name,
         fingerprint=report_fingerprint(plan, results),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        headline=_headline(recipe, models, figures, probes, results.machines(verified=bool(recipe.evaluate.verify))),
+        headline=_headline(recipe, models, figures, probes, results),
         models=models,
         rows=rows,
         samples=_samples(plan, answers, quality),
@@ -218,10 +218,12 @@ def _headline(
     models: Sequence[ModelReport],
     figures: Mapping[Scope, Figures],
     probes: ProbeSet | None,
-    machines: Sequence[str],
+    results: Results,
 ) -> Headline:
     before, after, teacher = (next(m for m in models if m.key == key) for key in (BEFORE, AFTER, TEACHER))
-    promised = claims(figures, teacher, after, verified=bool(recipe.evaluate.verify), machines=machines)
+    verified = bool(recipe.evaluate.verify)
+    machines, timings = results.machines(verified=verified), results.timings(verified=verified)
+    promised = claims(figures, teacher, after, verified=verified, machines=machines, timings=timings)
     ratios = {claim.name: claim.value.value for claim in promised if claim.value}
     perplexities = [model.figure("test", "perplexity") for model in (before, after, teacher)]
     passing = [model.figure("all", "passing") for model in (before, after, teacher)]

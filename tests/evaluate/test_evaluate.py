@@ -224,6 +224,19 @@ def test_timings_of_different_machines_are_not_compared(run: RunDir, recipe: Rec
     assert any("different machines (one that is not recorded; A CPU, 8 cores, A GPU)" in note for note in report.notes)
 
 
+@pytest.mark.parametrize(("timings", "verdict", "why"), [(2, "not shown", "timed twice"), (3, "yes", "")])
+def test_two_timings_show_no_speed(timings: int, verdict: str, why: str, run: RunDir, recipe: Recipe) -> None:
+    """Of two models that are as fast, both timings of one are above both of the other's in one of six evaluations."""
+    save_speeds(recipe, run)
+    for number, tokens in ((0, 100), (2, 600)):
+        timed = speed_result(tokens, 10.0)
+        fewer = msgspec.structs.replace(timed, bursts=timed.bursts[: timings if number else 3])
+        speed_of(subjects(recipe, run)[number], recipe, run).write(fewer)
+    report = evaluate_run(recipe, run, PATH, report_only=True)
+    (claim,) = (claim for claim in report.headline.claims if claim.axis == "speed")
+    assert (claim.verdict, claim.why) == (verdict, why)
+
+
 def test_rows_are_scored_again_for_a_student_that_learns_reasoning_and_no_model_is_asked_again(
     run: RunDir, recipe: Recipe
 ) -> None:
