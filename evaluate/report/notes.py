@@ -42,7 +42,13 @@ def of_rows(
         if TEACHER in scores:
             yield "These answers are the teacher's own, which favours the teacher."
         if len({tuple(score.tokens for score in own) for own in scores.values()}) > 1:
-            yield "The models' tokenizers differ: compare teacher and student by bits per character."
+            lengths = (sum(one.characters for one in own) / sum(one.tokens for one in own) for own in scores.values())
+            labels = {model.key: model.label for model in plan.models}
+            told = ", ".join(f"{labels[key]} {length:.2f}" for key, length in zip(scores, lengths, strict=True))
+            yield (
+                "The models' tokenizers differ: compare teacher and student by bits per character. Tokens per second "
+                f"are of each model's own tokens, which hold so many characters of these answers: {told}."
+            )
     if rows.teacher_answers:
         yield (
             f"Of the teacher's {rows.teacher_answers:,} answers to the test prompts {rows.teacher_kept:,} pass the "

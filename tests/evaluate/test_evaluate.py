@@ -16,7 +16,7 @@ from evaluate.__main__ import main
 from evaluate.document import Estimate, Report, exactly
 from evaluate.figures.quality import perplexity_figures
 from evaluate.measure.perplexity import score_rows
-from evaluate.measure.results import FOLDER, Burst, Entry, Lone, RowScore, SpeedResult, read_test
+from evaluate.measure.results import FOLDER, Burst, Entry, Lone, PerplexityResult, RowScore, SpeedResult, read_test
 from evaluate.models import digest_subject, engine_folder, load, subjects
 from evaluate.run import evaluate_run, make_plan
 from pipeline.adapters import measure_weights
@@ -222,6 +222,18 @@ def test_timings_of_different_machines_are_not_compared(run: RunDir, recipe: Rec
     (claim,) = (claim for claim in report.headline.claims if claim.axis == "speed")
     assert claim.value is None and claim.verdict == "not measured" and "times as fast" not in report.headline.text
     assert any("different machines (one that is not recorded; A CPU, 8 cores, A GPU)" in note for note in report.notes)
+
+
+def test_models_with_other_tokens_are_told_apart_by_how_much_a_token_holds(run: RunDir, recipe: Recipe) -> None:
+    """The teacher's cached scores are made those of a tokenizer that needs twice as many tokens."""
+    assert not any("tokenizers differ" in note for note in evaluate_run(recipe, run, PATH, speed=False).notes)
+    path = run.path / FOLDER / f"perplexity-{TEACHER}.json"
+    found = msgspec.json.decode(path.read_bytes(), type=PerplexityResult)
+    length = sum(score.characters for score in found.scores) / sum(score.tokens for score in found.scores)
+    twice = [msgspec.structs.replace(score, tokens=2 * score.tokens) for score in found.scores]
+    path.write_bytes(msgspec.json.encode(msgspec.structs.replace(found, scores=twice)))
+    (note,) = (note for note in evaluate_run(recipe, run, PATH, report_only=True).notes if "tokenizers differ" in note)
+    assert f"teacher {length / 2:.2f}, " in note and note.endswith(f"student after {length:.2f}.")
 
 
 @pytest.mark.parametrize(("timings", "verdict", "why"), [(2, "not shown", "timed twice"), (3, "yes", "")])
