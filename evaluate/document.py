@@ -84,7 +84,7 @@ MEASURES = SCORES | VERIFIED | ENGINE | PROBES
 
 
 class Estimate(msgspec.Struct, frozen=True):
-    """A figure with its 95% bootstrap interval."""
+    """A figure with its 95% interval."""
 
     value: float
     low: float

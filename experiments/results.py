@@ -43,7 +43,7 @@ COMPARED: dict[Scope, tuple[str, ...]] = {  # the figures that arms are compared
 }
 FACTS = ("rows", "steps", "keep rate", "USD")
 CAUTION = (
-    "95% intervals over prompts (bootstrap; Wilson's for right answers), of one training each: what another seed would "
+    "95% intervals over prompts (bootstrap; Wilson's for shares), of one training each: what another seed would "
     "give is not in them. {count} pairs of figures were compared, so one in twenty of those without a difference may "
     "show one."
 )

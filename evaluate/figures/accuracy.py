@@ -6,12 +6,12 @@ verifier failed, or there is nothing to hold the answer against) counts as wrong
 
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from evaluate.document import Estimate, Sample, Scope, ShownAnswer, Z
+from evaluate.document import Estimate, Sample, Scope, ShownAnswer
 from evaluate.figures.quality import groups_of, probe_answers
-from evaluate.figures.statistics import Figure, Figures, draw, ratio
+from evaluate.figures.statistics import Figure, Figures, draw, share
 from evaluate.measure.probes import ProbePrompts
 from evaluate.measure.results import Answers, ProbeResult
 from filters.answer import as_answer
@@ -24,7 +24,6 @@ from pipeline.recipe import Recipe
 from pipeline.records import Prompt, Reason, as_text, said
 
 SAMPLES = 20  # prompts whose answers are shown side by side
-ROUNDING = 1e-12  # a variance under this is that of equal numbers
 
 
 @dataclass(frozen=True)
@@ -41,10 +40,9 @@ class VerifiedAnswers:
         drawn = draw([self.groups[prompt.id] for prompt in prompts])
         found = {}
         for key, reasons in self.reasons.items():
-            right = [float(not reasons[prompt.id]) for prompt in prompts]
-            share = ratio(right, [1.0] * len(right), drawn)
-            assert share is not None
-            found[key] = replace(share, exact=wilson(share.value, independent(share, len(prompts))))
+            right = share([float(not reasons[prompt.id]) for prompt in prompts], [1.0] * len(prompts), drawn)
+            assert right is not None
+            found[key] = right
         return found
 
     def wrong(self) -> dict[str, dict[str, float]]:
@@ -121,20 +119,3 @@ def verified_samples(verified: VerifiedAnswers, labels: Mapping[str, str]) -> li
         text = "\n\n".join(message.content for message in prompt.messages)
         samples.append(Sample(text, shown, "verified_unseen" if prompt in new else "verified"))
     return samples
-
-
-def independent(share: Figure, prompts: int) -> float:
-    """How many independent prompts tell as much as these, whose groups may be alike within: n over the design effect
-    (Kish 1965), by the spread of the resamples. Where these do not differ, as many as there are groups.
-    """
-    groups, spread = share.prompts, float(share.resampled.var())
-    if groups == prompts or spread < ROUNDING:
-        return groups
-    return min(share.value * (1 - share.value) / spread * (groups - 1) / groups, prompts)
-
-
-def wilson(share: float, count: float) -> tuple[float, float]:
-    """The 95% interval of a share of `count` (Wilson 1927). Unlike the bootstrap's, it has a width at 0 and at 1."""
-    middle, spread = share + Z * Z / (2 * count), Z * (share * (1 - share) / count + Z * Z / (4 * count**2)) ** 0.5
-    scale = 1 + Z * Z / count
-    return (middle - spread) / scale if share else 0.0, (middle + spread) / scale if share < 1 else 1.0

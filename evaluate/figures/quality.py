@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 
 from evaluate.document import MEASURES, Better, Difference, Scope, WinRate
-from evaluate.figures.statistics import Figure, Figures, Resamples, distinct, draw, ratio
+from evaluate.figures.statistics import Figure, Figures, Resamples, distinct, draw, ratio, share
 from evaluate.measure.pairwise import OPPONENTS
 from evaluate.measure.probes import ProbePrompts
 from evaluate.measure.results import Answers, JudgeResult, PairVerdict, PerplexityResult, ProbeResult, RowScore
@@ -40,6 +40,8 @@ from pipeline.students import AFTER, BEFORE, TEACHER
 # 20% over 4 (simulated).
 PROMPTS_TO_DIFFER = 20
 FEW = f"fewer than {PROMPTS_TO_DIFFER} prompts (or groups of them)"
+
+SHARES = ("passing", "adherence", "loops", "stopped")  # of an answer each is true or false
 
 _UNSPACED = character_class(*UNSPACED)
 _MARKS = "".join(char for char in map(chr, range(0x300, 0x10000)) if unicodedata.category(char) in ("Mn", "Mc"))
@@ -154,7 +156,8 @@ def answer_figures(answers: Sequence[Assessment], drawn: Resamples) -> dict[str,
     figures = {"distinct_1": distinct(words, 1, drawn), "distinct_2": distinct(words, 2, drawn)}
     for name in answers[0].values:
         values = [answer.values[name] for answer in answers]
-        figures[name] = ratio([value or 0.0 for value in values], [value is not None for value in values], drawn)
+        kind = share if name in SHARES else ratio
+        figures[name] = kind([value or 0.0 for value in values], [value is not None for value in values], drawn)
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 

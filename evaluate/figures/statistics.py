@@ -1,4 +1,5 @@
 """Intervals by the percentile bootstrap over prompts (Efron and Tibshirani 1993), for figures that are ratios of sums.
+Shares of answers have Wilson's (1927).
 
 Pure arithmetic. Prompts are drawn, since several answers to one prompt are not independent; where prompts belong to
 groups (`prompts.group`), whole groups are. Every model's figures are computed on the same resamples, so differences and
@@ -7,16 +8,17 @@ ratios between models are paired.
 
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
 import numpy as np
 
-from evaluate.document import Estimate
+from evaluate.document import Estimate, Z
 
 SEED = 0
 RESAMPLES = 2000
+ROUNDING = 1e-12  # a variance under this is that of equal numbers
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,29 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float], drawn: Res
     with np.errstate(invalid="ignore", divide="ignore"):
         resampled = (drawn.counts @ above) / (drawn.counts @ below)
     return Figure(float(above.sum() / below.sum()), resampled, prompts=drawn.count_groups(below != 0))
+
+
+def share(yes: Sequence[float], asked: Sequence[float], drawn: Resamples) -> Figure | None:
+    """`ratio` of ones and zeros, with Wilson's interval: near 0 and 1 the bootstrap's is too narrow."""
+    found = ratio(yes, asked, drawn)
+    return found and replace(found, exact=wilson(found.value, _independent(found, sum(asked))))
+
+
+def _independent(share: Figure, prompts: float) -> float:
+    """How many independent prompts tell as much as these, whose groups may be alike within: n over the design effect
+    (Kish 1965), by the spread of the resamples. Where these do not differ, as many as there are groups.
+    """
+    groups, spread = share.prompts, float(np.nanvar(share.resampled))
+    if groups == prompts or spread < ROUNDING:
+        return groups
+    return min(share.value * (1 - share.value) / spread * (groups - 1) / groups, prompts)
+
+
+def wilson(share: float, count: float) -> tuple[float, float]:
+    """The 95% interval of a share of `count` (Wilson 1927). Unlike the bootstrap's, it has a width at 0 and at 1."""
+    middle, spread = share + Z * Z / (2 * count), Z * (share * (1 - share) / count + Z * Z / (4 * count**2)) ** 0.5
+    scale = 1 + Z * Z / count
+    return (middle - spread) / scale if share else 0.0, (middle + spread) / scale if share < 1 else 1.0
 
 
 def distinct(texts: Sequence[Sequence[str]], n: int, drawn: Resamples) -> Figure | None:

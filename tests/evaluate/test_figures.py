@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from evaluate.document import Claim, Estimate, ModelReport, Scope, exactly
-from evaluate.figures.accuracy import VerifiedAnswers, wilson
+from evaluate.figures.accuracy import VerifiedAnswers
 from evaluate.figures.promise import claims, holds
 from evaluate.figures.quality import (
     Quality,
@@ -27,7 +27,7 @@ from evaluate.figures.quality import (
     probe_answers,
     split_words,
 )
-from evaluate.figures.statistics import Figure, Figures, distinct, draw, ratio
+from evaluate.figures.statistics import Figure, Figures, distinct, draw, ratio, wilson
 from evaluate.measure.probes import ProbePrompts
 from evaluate.measure.results import ProbeResult, RowScore, answer_row
 from evaluate.models import kv_bytes_per_token
@@ -165,6 +165,18 @@ def test_figures_are_means_over_the_answers_that_have_one() -> None:
             "judge": 3.5,
         }
     )
+
+
+def test_shares_of_answers_have_wilson_s_interval_over_those_that_have_one() -> None:
+    """Of 64 probes 63 pass. The bootstrap would begin at 95.3%, as for one in eight of the students of just 95%."""
+    recipe = recipe_of()
+    rules, wanted = rules_of(recipe), named_slots(recipe, rules_of(recipe))
+    good, bad = (assess(row_of(text, slots={"who": "a bear"}), rules, wanted, 4) for text in ("A bear slept.", "No."))
+    free = assess(row_of("Nothing was asked for.", slots={}), rules, wanted, 4)
+    found = answer_figures([*[good] * 31, bad, *[free] * 32], draw(range(64)))
+    for name, share in (("passing", wilson(63 / 64, 64)), ("adherence", wilson(31 / 32, 32)), ("loops", wilson(0, 64))):
+        assert (found[name].estimate().low, found[name].estimate().high) == share
+    assert found["judge"].exact is None and found["named"].exact is None  # no yes or no
 
 
 def prompt(number: int) -> Prompt:
