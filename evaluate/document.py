@@ -52,6 +52,12 @@ class Measure(NamedTuple):
     show: Callable[[float], str]
     better: Better | None
 
+    def told_change(self, change: "Estimate") -> str:
+        """By how much the figure differs: `-0.1 (-0.138 to -0.062)`; of a share `+5.0 (+1.0–+9.0) points`."""
+        if self.show(1).endswith("%"):
+            return change.told(lambda value: f"{100 * value:+.1f}") + " points"
+        return change.told("{:+.3g}".format)
+
 
 SCORES = {  # of texts that are given to the model (docs/evaluation.md says what each is)
     "perplexity": Measure("perplexity", number, "lower"),

@@ -256,7 +256,8 @@ def _cell(column: Column, estimate: Estimate | None) -> str:
 
 def conclusions(results: Comparison) -> list[str]:
     """The significant differences in words, the remarks, and how far all of it can be trusted."""
-    lines = [_told(found) for found in results.differences if found.improved is not None]
+    measures = {column.title: column.measure for column in results.columns}
+    lines = [_told(found, measures[found.figure]) for found in results.differences if found.improved is not None]
     quiet = len(results.differences) - len(lines)
     if lines and quiet:
         lines.append(f"{quiet} further pairs of figures show no significant difference.")
@@ -265,10 +266,10 @@ def conclusions(results: Comparison) -> list[str]:
     return [*lines, *results.remarks, results.note, CAUTION.format(count=len(results.differences))]
 
 
-def _told(found: Difference) -> str:
+def _told(found: Difference, measure: Measure) -> str:
     """`soft is better than hard in bits per character: -0.1 (-0.138 to -0.062)`."""
     word = "better" if found.improved else "worse"
-    return f"{found.model} is {word} than {found.against} in {found.figure}: {found.change.told('{:+.3g}'.format)}"
+    return f"{found.model} is {word} than {found.against} in {found.figure}: {measure.told_change(found.change)}"
 
 
 def as_markdown(results: Comparison) -> str:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from evaluate.document import Claim, Report, percent
+from evaluate.document import MEASURES, Claim, Report, percent
 from evaluate.figures.promise import AXES
 from evaluate.report.evidence import Evidence, gather, report_of_student
 from evaluate.report.html import publish
@@ -127,7 +127,7 @@ def _student(seen: Evidence) -> Found | None:
     for d in report.differences:
         if (d.against, d.part, d.figure) == (BEFORE, "verified", "accuracy"):
             status: Status = "warn" if d.improved is None else "pass" if d.improved else "fail"
-            return status, d.change.value, f"right answers: {d.change.told('{:+.1%}'.format)}", fix
+            return status, d.change.value, f"right answers: {MEASURES[d.figure].told_change(d.change)}", fix
     ratio = report.headline.perplexity_after_over_before
     if ratio is None:
         return None

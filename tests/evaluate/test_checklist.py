@@ -215,7 +215,7 @@ def test_more_right_answers_than_the_teacher_are_suspicious_only_beyond_chance(w
 def test_a_student_whose_answers_are_verified_is_judged_by_them(improved: bool | None, status: str) -> None:
     right = msgspec.structs.replace(change("accuracy", improved), part="verified")
     found = named("student's quality", report=measured(ratio=Estimate(1.2, 1.1, 1.3), differences=[right]))
-    assert found.status == status and found.finding == "right answers: +10.0% (+5.0%–+15.0%)"
+    assert found.status == status and found.finding == "right answers: +10.0 (+5.0–+15.0) points"
 
 
 def test_a_quality_over_the_teachers_is_called_suspicious() -> None:

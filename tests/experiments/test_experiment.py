@@ -506,10 +506,11 @@ def figure(value: float, spread: float) -> Figure:
     return Figure(value, np.linspace(value - spread, value + spread, 201))
 
 
-def results(**arms: Figure) -> Comparison:
-    column = Column("bits per character", MEASURES["bits_per_character"], arms, {"teacher": Estimate(0.5, 0.4, 0.6)})
+def results(name: str = "bits_per_character", **arms: Figure) -> Comparison:
+    measure = MEASURES[name]
+    column = Column(measure.name, measure, arms, {"teacher": Estimate(0.5, 0.4, 0.6)})
     one, other = list(arms)[:2]
-    change = difference("bits per character", other, one, arms[other], arms[one], "lower", "test")
+    change = difference(measure.name, other, one, arms[other], arms[one], measure.better, "test")
     facts = {name: ["10", "–", "–", "–"] for name in arms}
     return Comparison("soft", "Which?", "a note", facts, [column], [change], [])
 
@@ -520,6 +521,12 @@ def test_a_difference_is_named_only_where_its_interval_leaves_zero_out() -> None
     lines = conclusions(results(hard=figure(1.3, 0.0), soft=figure(1.25, 0.06)))
     assert lines[0] == "No difference between the arms is significant."
     assert "a note" in lines
+
+
+@pytest.mark.parametrize("name", ["accuracy", "passing"])
+def test_a_difference_of_shares_is_in_points(name: str) -> None:
+    line, *_ = conclusions(results(name, hard=figure(0.6, 0.0), soft=figure(0.65, 0.02)))
+    assert line == f"soft is better than hard in {MEASURES[name].name}: +5.0 (+3.1–+6.9) points"
 
 
 def test_the_table_has_the_arms_and_the_other_models() -> None:
