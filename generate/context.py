@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from generate.budget import Budget
 from generate.dialect import Dialect
 from generate.idset import IdSet
-from generate.jobs import WHOLE, Job, Partition, build_jobs, shared
+from generate.jobs import WHOLE, Job, Partition, build_jobs, left_of, shared
 from generate.journal import Journal
 from generate.logprobs import pack
 from generate.progress import Counters
@@ -115,9 +115,10 @@ class Run:
             dialect.ask_as(row.sampling, self.recipe.sampling.fields())
         return dialect
 
-    def jobs_to_send(self) -> Iterator[Job]:
-        """As `jobs`, but the samples of a prompt are one job if the recipe says so."""
-        return shared(self.jobs()) if self.recipe.generate.share_prompt else self.jobs()
+    def jobs_to_send(self) -> Iterator[Job | None]:
+        """As `jobs`, with None where many in a row are not left; `generate.share_prompt` joins a prompt's samples."""
+        jobs = left_of(build_jobs(iter_prompts(self.recipe), self.recipe, self.partition), self.left.has)
+        return shared(jobs) if self.recipe.generate.share_prompt else jobs
 
     def record_answers(self, *answers: tuple[Completion, Any]) -> None:
         """Writes the answers of a reply to their journal, together, and counts them.

@@ -71,7 +71,7 @@ def dry_run(recipe: Recipe, run: RunDir, *, retry_failures: bool = False) -> Dry
     dry = DryRun(price=price, spent_tokens=spent.tokens, spent=spent.cost / PICO)
     counters = Counters()
     jobs = filter(left.has, left.survey(recipe, counters))
-    for job in shared(jobs) if recipe.generate.share_prompt else jobs:
+    for job in filter(None, shared(jobs)) if recipe.generate.share_prompt else jobs:
         dry.sent += 1
         dry.to_ask += job.choices
         most, counted = bound(len(dialect.body(job))), count(job.told, job.request.tools) if count else None

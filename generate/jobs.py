@@ -6,7 +6,7 @@ or mixes a request, and a changed recipe never takes an old answer for its own. 
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from hashlib import blake2b
@@ -24,6 +24,7 @@ from pipeline.records import Completion, Failure, Message, Prompt, Request, aske
 
 SEED_BITS = 31  # what every server takes
 MOST_CHOICES = 128  # of one HTTP request (OpenAI's limit of `n`)
+PASSED = 500  # jobs that are looked at in one go: some 20 ms
 
 _encoder = msgspec.json.Encoder()
 
@@ -108,10 +109,23 @@ def _build_job(prompt: Prompt, told: list[Message], recipe: Recipe, sampling: di
     return Job(request, told, model)
 
 
-def shared(jobs: Iterator[Job]) -> Iterator[Job]:
-    """Joins jobs that follow each other and ask the same: one job, whose choices are their answers."""
-    for _, alike in groupby(jobs, key=lambda job: (job.told, job.request.tools)):
-        while some := list(islice(alike, MOST_CHOICES)):
+def left_of(jobs: Iterable[Job], is_left: Callable[[Job], bool]) -> Iterator[Job | None]:
+    """The jobs that are left to ask; None after every PASSED others in a row, so that the caller can work meanwhile."""
+    passed = 0
+    for job in jobs:
+        if is_left(job):
+            passed = 0
+            yield job
+        elif (passed := passed + 1) % PASSED == 0:
+            yield None
+
+
+def shared(jobs: Iterator[Job | None]) -> Iterator[Job | None]:
+    """Joins jobs that follow each other and ask the same: one job, whose choices are their answers. Keeps None."""
+    for asked, alike in groupby(jobs, key=lambda job: job and (job.told, job.request.tools)):
+        if asked is None:
+            yield from alike
+        while some := list(islice(filter(None, alike), MOST_CHOICES)):
             yield replace(some[0], others=[job.request for job in some[1:]])
 
 

@@ -60,7 +60,7 @@ class Loop:
     """One process's requests, over one or several endpoints of the same model."""
 
     def __init__(
-        self, run: Run, fleet: Fleet, jobs: Iterator[Job], *beside: Callable[[], Coroutine[Any, Any, None]]
+        self, run: Run, fleet: Fleet, jobs: Iterator[Job | None], *beside: Callable[[], Coroutine[Any, Any, None]]
     ) -> None:
         """`beside` goes on while requests go out."""
         self._run, self._fleet, self._beside, self._config = run, fleet, beside, run.recipe.generate

@@ -52,8 +52,9 @@ class Feed(Iterator[Job]):
 class Schedule:
     """New jobs from the iterator, and those that wait for a retry."""
 
-    def __init__(self, jobs: Iterator[Job]) -> None:
-        self._jobs = jobs
+    def __init__(self, jobs: Iterator[Job | None]) -> None:
+        """`jobs` gives None where it has looked for a while and goes on looking."""
+        self._jobs, self._looking = jobs, False
         self._later: list[tuple[float, int, Job]] = []  # a heap: when it is due, a number that breaks ties, the job
         self._numbers = count()
         self._held: deque[Job] = deque()  # drawn already, and given back
@@ -66,7 +67,7 @@ class Schedule:
     @property
     def open(self) -> bool:
         """Whether jobs may still arrive."""
-        return isinstance(self._jobs, Feed) and self._jobs.open
+        return self._looking or (isinstance(self._jobs, Feed) and self._jobs.open)
 
     def put_back(self, job: Job, due: float) -> None:
         """The job is due again at `due` (time.monotonic)."""
@@ -77,13 +78,21 @@ class Schedule:
         self._held.appendleft(job)
 
     def due_in(self, now: float) -> float:
-        """Seconds until the next retry is due; infinite when none waits."""
+        """Seconds until the next retry is due, or `next_job` is to look further; infinite when neither will be."""
+        if self._looking:
+            return 0.0
         return max(self._later[0][0] - now, 0.0) if self._later else inf
 
     def next_job(self, now: float) -> Job | None:
         """The next job that may go out now; None when there is none, or none yet (see `due_in`)."""
+        self._looking = False
         if self._later and self._later[0][0] <= now:
             return heapq.heappop(self._later)[2]
         if self._held:
             return self._held.popleft()
-        return next(self._jobs, None) if len(self._later) < MOST_WAITING else None
+        if len(self._later) >= MOST_WAITING:
+            return None
+        for job in self._jobs:
+            self._looking = job is None
+            return job
+        return None

@@ -23,7 +23,7 @@ SPARE_FILES = 64  # file descriptors that are not connections
 
 
 @asynccontextmanager
-async def opened_loop(run: Run, jobs: Iterator[Job]) -> "AsyncIterator[tuple[Loop, Servers]]":
+async def opened_loop(run: Run, jobs: Iterator[Job | None]) -> "AsyncIterator[tuple[Loop, Servers]]":
     """A loop that sends the jobs to the recipe's servers, and those servers. Raises DistillError if none is there."""
     recipe, teacher = run.recipe, run.recipe.teacher
     targets, most = await find_targets(teacher), _most_connections()

@@ -255,7 +255,7 @@ def test_the_budget_reserves_the_prompt_once_and_each_answer() -> None:
 def test_a_budget_that_covers_no_second_prompt_ends_the_run(run: RunDir) -> None:
     with misbehaving() as server:
         recipe = recipe_of(server, 3, 4, sampling={"max_tokens": 100})
-        first = next(shared(build_jobs(iter_prompts(recipe), recipe)))
+        first = next(filter(None, shared(build_jobs(iter_prompts(recipe), recipe))))
         enough = bound(len(Dialect().body(first))) + 4 * 100 + 10  # the first answers take 27, so it covers no second
         with pytest.raises(BudgetReached):
             generate(recipe.model_copy(update={"budget": BudgetConfig(tokens=enough)}), run, quiet=True)
@@ -277,7 +277,7 @@ def test_the_dry_run_counts_a_shared_prompt_once(run: RunDir) -> None:
 def test_what_is_joined_asks_the_same() -> None:
     other = replace(PROMPT, messages=[Message("user", "another")])  # with the same id, as a user's own may be
     recipe = recipe_with(prompts={"count": 1, "template": "x", "samples": 100})
-    jobs = list(shared(build_jobs([PROMPT, PROMPT, other, PROMPT], recipe)))
+    jobs = list(filter(None, shared(build_jobs([PROMPT, PROMPT, other, PROMPT], recipe))))
     assert [job.choices for job in jobs] == [128, 72, 100, 100]
     ids = [request.id for job in jobs for request in job.requests]
     assert ids == [job.request.id for job in build_jobs([PROMPT, PROMPT, other, PROMPT], recipe)]

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 import pipeline.cli
+from generate.context import Left
 from generate.endpoint import Endpoint
+from generate.jobs import Job
 from generate.loop import Loop
 from generate.run import generate, pending
 from pipeline.errors import BudgetReached, DataError, DistillError, RecipeError
@@ -289,6 +291,35 @@ def test_a_journal_that_cannot_be_written_stops_the_run(run: RunDir, monkeypatch
         assert len(completions(run)) == 5
         assert generate(recipe_for(server, 100), run, quiet=True).resumed == 5
     assert whole(run, 100)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_ctrl_c_ends_a_run_that_passes_over_many_answers(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: bool
+) -> None:
+    """A run of a million prompts that goes on looks at all that is answered before it sends its first request."""
+    monkeypatch.setattr("generate.jobs.PASSED", 10, raising=False)
+    rows, looked, has = [f'{{"prompt": "say {n}"}}\n' for n in range(200)], 0, Left.has
+
+    def interrupted(left: Left, job: Job) -> bool:
+        nonlocal looked
+        looked += 1
+        if looked == 30:
+            os.kill(os.getpid(), signal.SIGINT)
+        return has(left, job)
+
+    with misbehaving() as server:
+        config = {"concurrency": 8, "share_prompt": share}
+        recipe = recipe_for(server, prompts={"file": tmp_path / "p.jsonl"}, generate=config)
+        (tmp_path / "p.jsonl").write_text("".join(rows))
+        generate(recipe, run, quiet=True)
+        (tmp_path / "p.jsonl").write_text("".join([*rows[:100], '{"prompt": "say more"}\n', *rows[100:]]))
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(Left, "has", interrupted)
+            generate(recipe, run, quiet=True)
+        assert 30 <= looked < 60 and len(server.asked) == 200
+        generate(recipe, run, quiet=True)
+    assert whole(run, 201)
 
 
 def test_a_process_that_a_users_rows_end_stops_nothing(run: RunDir, tmp_path: Path) -> None:
