@@ -16,6 +16,7 @@ import numpy as np
 
 from filters.minhash import Array, agreement, jaccard, least_agreement
 from filters.sketches import Kind, Sketches, Source, thresholds
+from pipeline.cli import reporting
 from pipeline.errors import RecipeError
 from pipeline.filters_config import DedupConfig
 from pipeline.records import Reason
@@ -139,7 +140,7 @@ def find_duplicates(
         ours = [row for row in ours if not drop(row)]
     for row in places[(places >= evaluated) & (places < own)].tolist():
         add(row)
-    for row in ours:
+    for row in reporting(ours, lambda count: f"{count:,} of {len(ours):,} answers compared, {len(found):,} duplicates"):
         if not drop(row):
             add(row)
     return found

@@ -40,6 +40,7 @@ from filters.ruleset import RuleSet, load_rules
 from filters.sketches import Kind, Source, joined, sketch_file
 from filters.stream import in_blocks
 from filters.tally import Tally
+from pipeline.cli import reporting
 from pipeline.errors import DataError, DistillError
 from pipeline.filters_config import DedupConfig, FiltersConfig
 from pipeline.lineage import encode_lineage, read_lineage, versions, with_section
@@ -190,7 +191,7 @@ def _gather(
     the answers that passed, and a row of filters.groups.SAMPLE for each answer.
     """
     tally, sketches, samples = Tally(), list[Array](), [np.empty(0, SAMPLE)]
-    for block in blocks:
+    for block in reporting(blocks, lambda _: f"{tally.rows:,} answers so far, {tally.kept:,} pass the rules"):
         tally.add(block.tally)
         if tally.first_bad_lines and strict:
             bad = tally.first_bad_lines[0]

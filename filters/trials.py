@@ -30,6 +30,7 @@ from filters.report import one_line
 from filters.rows import as_dropped, as_kept, filtered_rows
 from filters.rules import LengthSettings, RepeatedWordSettings, ScriptRatioSettings
 from filters.ruleset import ActiveRule, RuleSet
+from pipeline.cli import reporting
 from pipeline.errors import DataError, UsageError
 from pipeline.lineage import read_lineage, write_lineage
 from pipeline.recipe import Recipe
@@ -41,6 +42,7 @@ SHOWN_CHARS = 200
 STEPS = (0.2, 0.4, 0.6, 0.8)  # how much stricter the thresholds are when a rule is asked again
 RANKED_OUT = "sweep"  # the rule of a row that passed all others and is not in the share
 
+JUDGED = "{:,} answers judged so far".format
 DUPLICATES = "duplicates"
 # What follows the rules, and is not asked again: by the rule of a row that it dropped, its name.
 LATER = {AGREES: AGREES, **dict.fromkeys(DEDUP_RULES, DUPLICATES), JUDGE: JUDGE, SELECT: SELECT}
@@ -82,7 +84,7 @@ def dry_run(recipe: Recipe, run: RunDir, rules: RuleSet) -> DryRun:
     wanted = {AGREES: rules.agrees, DUPLICATES: config.dedup, JUDGE: config.judge, SELECT: config.select != "all"}
     result = DryRun({name for name, setting in wanted.items() if setting})
     with fresh_values(run, recipe.prompts) as fresh:
-        for row in filtered_rows(run):
+        for row in reporting(filtered_rows(run), JUDGED):
             result.rows += 1
             reasons = rules.reasons(as_answer(fresh.updated(row) if fresh else row))
             if isinstance(row, Kept):
@@ -147,7 +149,7 @@ def sweep(run: RunDir, rules: RuleSet, shares: Sequence[int]) -> list[Subset]:
     without text, and one that `contamination` dropped, is in no share.
     """
     thresholds, total, ranks, judged = stricter(rules), 0, list[Rank](), read_judgements(run)
-    for row in filtered_rows(run):
+    for row in reporting(filtered_rows(run), JUDGED):
         total += 1
         if said(row).strip() and not (isinstance(row, Dropped) and row.rule == CONTAMINATED):
             ranks.append(_rank(row, thresholds, _scores(row, judged).get(JUDGE, 0.0)))

@@ -18,6 +18,7 @@ from generate.progress import Counters, prompt_warnings, requests_of
 from generate.targets import urls_now
 from generate.tokens import bound, counter
 from pipeline.address import is_private
+from pipeline.cli import reporting
 from pipeline.errors import RecipeError
 from pipeline.recipe import Recipe
 from pipeline.records import Completion, Failure
@@ -70,7 +71,8 @@ def dry_run(recipe: Recipe, run: RunDir, *, retry_failures: bool = False) -> Dry
     count, dialect = counter(recipe.teacher.model), Dialect()
     dry = DryRun(price=price, spent_tokens=spent.tokens, spent=spent.cost / PICO)
     counters = Counters()
-    jobs = filter(left.has, left.survey(recipe, counters))
+    looked_at = reporting(left.survey(recipe, counters), lambda count: f"{count:,} requests looked at so far")
+    jobs = filter(left.has, looked_at)
     for job in filter(None, shared(jobs)) if recipe.generate.share_prompt else jobs:
         dry.sent += 1
         dry.to_ask += job.choices

@@ -27,6 +27,7 @@ from generate.progress import Counters, Display, prompt_warnings, requests_of
 from generate.summary import Summary, save, save_asked, spent_of_run, sum_of_passes, summary_of
 from generate.turns import passes
 from generate.workers import send_from_workers
+from pipeline.cli import reporting
 from pipeline.errors import DataError, RecipeError, UsageError
 from pipeline.lineage import read_lineage
 from pipeline.recipe import Recipe, load_recipe
@@ -174,7 +175,10 @@ def _opened(
     display = Display(counters, Console(stderr=True), quiet=quiet)
     with opened_run(recipe, folder, counters, say=display.say, show=display.tick, retry_failures=retry_failures) as run:
         with replacing(folder.prompts) as file:
-            for request in (job.request for job in run.left.survey(recipe, counters)):
+            jobs = run.left.survey(recipe, counters)
+            if not quiet:
+                jobs = reporting(jobs, lambda count: f"{count:,} requests looked at so far", display.say)
+            for request in (job.request for job in jobs):
                 if request.sample % recipe.prompts.samples == 0:  # one line, however many samples a prompt has
                     part = recipe.prompts.part_of(request)
                     file.write(encode_line(Prompt(id=request.prompt_id, **asked_fields(request), part=part)))

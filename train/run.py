@@ -22,6 +22,7 @@ from rich.console import Console
 
 from pipeline.adapters import check_whole
 from pipeline.checks import Check
+from pipeline.cli import reporting_time
 from pipeline.errors import RecipeError
 from pipeline.instructions import system_of_student, told_to_teacher
 from pipeline.lineage import read_lineage, versions, with_section, write_lineage
@@ -210,7 +211,8 @@ def _on_rows(
     examples = {"train": shape(parts.train), "validation": shape(parts.validation)}
     if config.soft:
         examples["train"] = Lazy(parts.train, lambda row: shape([row])[0] | _of_teacher(row, recipe))
-    with writing_weights(rows_folder(setting.folder)):  # the tokens
+    what = f"tokenising {len(parts.train) + len(parts.validation):,} rows and checking their tokens"
+    with writing_weights(rows_folder(setting.folder)), reporting_time(what, setting.console.print):
         prepared = prepare(student, examples, setting)
     ids = (row.id for row in joined(parts.train, parts.validation))
     of_tokens = list(token_checks(prepared, ids, config))

@@ -401,6 +401,23 @@ def test_dry_run_shows_what_would_change_and_writes_nothing(stage: Stage) -> Non
     assert stage.files() == old
 
 
+def test_filters_that_take_long_say_how_far_they_are(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage.completions()
+    stage.rules(RULES, dedup={})
+    stage.filter()
+    assert "so far" not in capsys.readouterr().err
+    monkeypatch.setattr("pipeline.cli.REPORT_S", 0)
+    stage.filter()
+    said = capsys.readouterr().err
+    assert "5 answers so far, 2 pass the rules\n" in said
+    assert "1 of 2 answers compared, 0 duplicates\n" in said
+    for flag in ("--dry-run", "--sweep=50"):
+        stage.filter(flag)
+        assert "1 answers judged so far\n" in capsys.readouterr().err
+
+
 def test_dry_run_shows_ten_rows_of_each_side(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
     stage.completions(b"".join(encode_line(completion(n, "토끼가 당근을 먹었어요.")) for n in range(25)))
     stage.filter()

@@ -11,6 +11,7 @@ import pytest
 from aiohttp import web
 from rich.console import Console
 
+from generate.dry_run import dry_run
 from generate.progress import Counters, Display
 from generate.reply import retry_after, shortened
 from generate.run import generate, pending
@@ -372,6 +373,19 @@ def test_plain_progress_goes_to_stderr(
     for part in ("tok/s", "0 failed", "left"):
         assert part in line
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_long_look_at_the_prompts_is_told(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], quiet: bool
+) -> None:
+    monkeypatch.setattr("pipeline.cli.REPORT_S", 0)
+    with misbehaving() as server:
+        recipe = recipe_for(server, 3)
+        generate(recipe, run, quiet=quiet)
+        assert ("1 requests looked at so far\n" in capsys.readouterr().err) is not quiet
+        dry_run(recipe, run)
+    assert "1 requests looked at so far\n" in capsys.readouterr().err
 
 
 def test_the_log_of_a_long_night_is_short(monkeypatch: pytest.MonkeyPatch) -> None:

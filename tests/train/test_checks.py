@@ -1,6 +1,7 @@
 """Checks before training: each finding's number and status, and that a training stops where it should."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -367,6 +368,16 @@ def test_text_that_spells_a_control_token_is_refused(student: str, tmp_path: Pat
     with pytest.raises(DataError, match=r"check markup: 1 of 6 rows .* r5: <\|im_end\|>"):
         train_run(make_recipe(student), run, force=True)
     assert not run.student.exists()
+
+
+def test_a_long_look_at_the_tokens_is_told(
+    student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pipeline.cli.REPORT_S", 0.01)
+    with pytest.raises(DataError, match="check length"):
+        train_run(make_recipe(student, max_length=8, too_long="refuse"), make_run(tmp_path / "run", story_rows(20)))
+    said = " ".join(capsys.readouterr().err.split())
+    assert re.search(r"tokenising \d+ rows and checking their tokens: 0 s so far", said)
 
 
 def foreign(row: Kept, change: dict[str, Any]) -> bytes:
