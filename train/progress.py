@@ -23,7 +23,8 @@ from pipeline.train_config import TrainConfig
 from train.processes import Processes
 
 NEVER = 1_000_000_000  # steps
-LINES = 20  # plain lines of a whole training, evaluations aside
+LINES = 20  # plain lines of a short training, evaluations aside
+LINE_S = 60.0  # seconds after which a long one has the next
 SAME_SIGNAL_S = 1.0  # make, a launcher or the chain pass a Ctrl-C on: one this soon after another is the same one
 
 
@@ -125,6 +126,7 @@ class TrainProgress(TrainerCallback):
         )
         self.task = self.bar.add_task("training", loss="…", speed=0.0)
         self.started, self.earlier_s = time.monotonic(), 0.0
+        self.told = self.started
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.started = time.monotonic()
@@ -146,6 +148,7 @@ class TrainProgress(TrainerCallback):
             speed = (state.num_input_tokens_seen - self.first_tokens) / max(elapsed, 1e-9)
             self.bar.update(self.task, completed=step, loss=loss, speed=speed)
             line_is_due = step % max(1, steps // LINES) == 0 or step in (self.first_step + 1, steps)
-            if line_is_due and not self.console.is_terminal:
+            if (line_is_due or time.monotonic() - self.told >= LINE_S) and not self.console.is_terminal:
+                self.told = time.monotonic()
                 left = elapsed / (step - self.first_step) * (steps - step)
                 self.console.print(f"step {step}/{steps}: loss {loss}, {speed:,.0f} tokens/s, {left:,.0f} s left")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ import yaml
 from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 
 from pipeline.errors import DataError, RecipeError, UsageError
 from pipeline.recipe import Recipe
@@ -437,6 +438,21 @@ def test_a_training_that_was_killed_after_its_end_takes_no_further_step(
     monkeypatch.setattr("train.trainer.StudentTrainer.training_step", interrupted)
     train_run(recipe, run)
     assert len(log_of(run)["loss"]) == 4 * epochs == log_of(run)["saved_step"]
+
+
+def test_a_training_of_many_steps_has_a_line_each_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, written = 0.0, StringIO()
+    monkeypatch.setattr("train.progress.time.monotonic", lambda: now)
+    progress, state = TrainProgress(Console(file=written)), TrainerState(max_steps=100_000, log_history=[{}])
+    given: Any = (None, state, None)
+    progress.on_train_begin(*given)
+    for step in range(1, 601):
+        now += 1.0
+        state.global_step = step
+        progress.on_log(*given, logs={"loss": 1.0})
+    lines = written.getvalue().splitlines()
+    assert [line.split("/")[0] for line in lines] == [f"step {step}" for step in range(1, 601, 60)]
+    assert lines[-1].startswith("step 541/100000: loss 1.0000, ")
 
 
 @pytest.mark.parametrize(("free_mib", "setting", "on"), [(1, "auto", True), (8000, "auto", False), (1, False, False)])
