@@ -15,7 +15,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,8 @@ def driver(rows: int) -> dict[str, float]:
         size = sum(store.put_new(part, data) * len(data) for part, data in parts(rows))
         with opened_run(recipe, run, Counters(), say=print, show=lambda: None) as opened:
             collector = Collector(opened, store, lease_s=30)
+            looks = chain(opened.left.survey(recipe, Counters()), opened.jobs())  # what is left; those to ask
+            prompts_s = cpu_s(lambda: sum(1 for _ in looks))
             collector.leases.join("w", [], 0.0)
             leased_s = cpu_s(lambda: collector.leases.lease("w", rows))
             read_s = cpu_s(lambda: asyncio.run(collector.collect("w")))
@@ -101,6 +103,7 @@ def driver(rows: int) -> dict[str, float]:
             "lease of a request, us": leased_s / rows * 1e6,
             "answer into the journal, us": read_s / rows * 1e6,
             "journal read at a start, us": cpu_s(lambda: read_journal(journal, Completion)) / rows * 1e6,
+            "prompt looked at twice at a start, us": prompts_s / rows * 1e6,
             "bytes of an answer": journal.stat().st_size / rows,
             "bytes of it in a part": size / rows,
         }
@@ -130,7 +133,7 @@ def arithmetic(options: Namespace, found: dict[str, float]) -> list[tuple[str, .
     parts_per_s, beats_per_s = max(per_s / ROWS, options.workers / SECONDS), options.workers / BEAT_S
     driver_us = found["lease of a request, us"] + found["answer into the journal, us"]
     look_up_us = found["look-up of an id, us"]
-    restart_us = found["journal read at a start, us"] + found["id added, us"]
+    restart_us = sum(found[name] for name in found if name.endswith("at a start, us")) + found["id added, us"]
     size, puts, gets = found["bytes of an answer"], PUTS * parts_per_s, GETS * parts_per_s
     share, usd = max(puts / PUTS_PER_S, gets / GETS_PER_S), (puts * PUT + gets * GET) * answers / per_s
     return [

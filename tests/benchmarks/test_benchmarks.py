@@ -351,3 +351,5 @@ def test_the_limits_of_a_driver_are_those_of_its_code(monkeypatch: pytest.Monkey
     fleet = argparse.Namespace(workers=10, gpus=100, tokens_per_s=3000.0, answer_tokens=300, answers=10**6)
     answers, *_, puts, _ = limits.arithmetic(fleet, found)[1:]
     assert (answers[1], puts[1]) == ("1,000/s, 0.0 days", "2 and 4/s")
+    found |= {"journal read at a start, us": 0.0, "id added, us": 0.0, "prompt looked at twice at a start, us": 7200.0}
+    assert ("a start after a kill", "1,000,000 rows", "2.0 hours") in limits.arithmetic(fleet, found)
