@@ -10,11 +10,13 @@ from typing import Any
 
 import math_verify
 import sympy
+from math_verify import ExprExtractionConfig, LatexExtractionConfig
 from math_verify.grader import is_equation, take_last_relation
 
 from filters.verify.notation import value_alone, value_within
 
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns that its own time limit is off
+_LATEX_OR_PLAIN = LatexExtractionConfig(), ExprExtractionConfig()
 
 
 def compare(exact: str | None, text: str, reference: str) -> dict[str, Any]:
@@ -23,8 +25,8 @@ def compare(exact: str | None, text: str, reference: str) -> dict[str, Any]:
     `exact` is nothing but the value, where it could be told from the text. Raises ValueError if the reference is no
     value.
     """
-    gold = _read(f"${value_alone(reference)}$")
-    found = _read(f"${value_alone(exact)}$" if exact else value_within(text))
+    gold = _read_alone(reference)
+    found = _read_alone(exact) if exact else _read(value_within(text))
     if not gold:
         raise ValueError(f"the reference cannot be read: {reference[:80]}")
     same = math_verify.verify(gold, found, timeout_seconds=None) and _are_close(gold[0], found[0])
@@ -36,8 +38,16 @@ def warm_up() -> None:
     compare("(x + 1)^2", "", "x^2 + 2x + 1")
 
 
-def _read(text: str) -> list[Any]:
-    return list(math_verify.parse(text, parsing_timeout=None))
+def _read_alone(text: str) -> list[Any]:
+    """A value in LaTeX is read whole, or not at all: any one number of it is another value."""
+    value = value_alone(text)
+    if "\\" in value:
+        return _read(f"${value}$".replace("\n", " "), LatexExtractionConfig())
+    return _read(f"${value}$")
+
+
+def _read(text: str, *ways: LatexExtractionConfig | ExprExtractionConfig) -> list[Any]:
+    return list(math_verify.parse(text, ways or _LATEX_OR_PLAIN, parsing_timeout=None))
 
 
 def _are_close(gold: Any, found: Any) -> bool:

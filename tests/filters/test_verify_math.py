@@ -293,3 +293,32 @@ def test_signs_outside_of_latex_are_read(text: str, right: str, wrong: str) -> N
 )
 def test_math_reads_what_a_korean_answer_states(text: str, right: str, wrong: str) -> None:
     check(text, right, wrong)
+
+
+@pytest.mark.parametrize(
+    ("reference", "one_of_its_numbers"),
+    [
+        ("$x=0, \\frac{5 \\pm \\sqrt{61}}{18}$", "0"),
+        ("$\\{x|-2\\leq x < 1\\}$", "1"),
+        ("$\\frac \\pi4 + 2 - \\sqrt2$", "2"),
+    ],
+)
+def test_one_number_of_latex_that_cannot_be_read_is_not_its_value(reference: str, one_of_its_numbers: str) -> None:
+    for text in (f"\\boxed{{{one_of_its_numbers}}}", f"The answer is {one_of_its_numbers}."):
+        assert outcome(verify("math", text, settings_of("math"), reference)) == "math"
+    boxed = f"\\boxed{{{reference.strip('$')}}}"
+    assert outcome(verify("math", boxed, settings_of("math"), one_of_its_numbers)) == "math"
+    assert outcome(verify("math", boxed, settings_of("math"), reference)) == "passes"
+
+
+def test_a_value_over_several_lines_is_read_whole() -> None:
+    matrix = "\\frac{1}{10}\\left[\\begin{array}{ll}\n1 & 0 \\\\\n3 & 9\n\\end{array}\\right]"
+    for right in (f"\\boxed{{{matrix}}}", "\\boxed{\\begin{pmatrix} 0.1 & 0 \\\\ 0.3 & 0.9 \\end{pmatrix}}"):
+        assert outcome(verify("math", right, settings_of("math"), f"$$\n{matrix}\n$$")) == "passes"
+    assert outcome(verify("math", "\\boxed{9}", settings_of("math"), f"$$\n{matrix}\n$$")) == "math"
+    assert outcome(verify("math", f"\\boxed{{{matrix}}}", settings_of("math"), "9")) == "math"
+
+
+def test_a_reference_may_be_a_solution_in_words() -> None:
+    solution = "He has 2 x 5 = $<<2*5=10>>10.\nShe has $4 less, so $<<10-4=6>>6.\n#### 6"  # as GSM8K's column `answer`
+    check("\\boxed{6}", solution, solution.replace("6", "7"))
