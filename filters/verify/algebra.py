@@ -11,7 +11,7 @@ from typing import Any
 import math_verify
 import sympy
 from math_verify import ExprExtractionConfig, LatexExtractionConfig
-from math_verify.grader import is_equation, take_last_relation
+from math_verify.grader import get_pct_val, is_equation, take_last_relation
 
 from filters.verify.notation import value_alone, value_within
 
@@ -30,6 +30,7 @@ def compare(exact: str | None, text: str, reference: str) -> dict[str, Any]:
     if not gold:
         raise ValueError(f"the reference cannot be read: {reference[:80]}")
     same = math_verify.verify(gold, found, timeout_seconds=None) and _are_close(gold[0], found[0])
+    same = same or (bool(found) and _same_percentage(gold[0], found[0]))
     return {"same": bool(same), "result": _normalised(found[0]) if found else None}
 
 
@@ -48,6 +49,12 @@ def _read_alone(text: str) -> list[Any]:
 
 def _read(text: str, *ways: LatexExtractionConfig | ExprExtractionConfig) -> list[Any]:
     return list(math_verify.parse(text, ways or _LATEX_OR_PLAIN, parsing_timeout=None))
+
+
+def _same_percentage(gold: Any, found: Any) -> bool:
+    """Whether one is the other with a `%`, as 35.0% and 35: math-verify takes whole numbers so only."""
+    one, other = (_number(get_pct_val(value, value)) for value in (gold, found))
+    return one is not None and one == other and (_number(gold) is None or _number(found) is None)
 
 
 def _are_close(gold: Any, found: Any) -> bool:

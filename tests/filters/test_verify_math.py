@@ -324,3 +324,12 @@ def test_a_value_over_several_lines_is_read_whole() -> None:
 def test_a_reference_may_be_a_solution_in_words() -> None:
     solution = "He has 2 x 5 = $<<2*5=10>>10.\nShe has $4 less, so $<<10-4=6>>6.\n#### 6"  # as GSM8K's column `answer`
     check("\\boxed{6}", solution, solution.replace("6", "7"))
+
+
+@pytest.mark.parametrize("text", ["\\boxed{12.5\\%}", "\\boxed{12.50\\%}", "It rose by 12.50%.", "12.5", "0.125"])
+@pytest.mark.parametrize("reference", ["12.5", "12.5%", "12.50\\%", "0.125"])
+def test_a_number_may_have_its_sign_of_percent_or_lack_it(text: str, reference: str) -> None:
+    right = {text, reference} != {"12.5", "0.125"}
+    assert outcome(verify("math", text, settings_of("math"), reference)) == ("passes" if right else "math")
+    for wrong in ("1.25", "125", "12.51%"):
+        assert outcome(verify("math", text, settings_of("math"), wrong)) == "math"
