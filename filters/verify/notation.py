@@ -57,9 +57,9 @@ _NO_UNITS = (  # words that make another value of the number before them
     "and|or|pi|in|mod|sqrt|(?:a|arc)?(?:sin|cos|tan|sec|csc|cot)h?|log|ln|exp|percent|factorial|squared|cubed|dozen|hundred|"
     "thousand|million|billion|hal(?:f|ves)|thirds?|quarters?|fifths?|tenths?|hundredths?|times|plus|minus|over"
 )
-_THEN_WORDS = re.compile(  # `5 apples`, `1/2 개`, `2/5, so we are done`
-    rf"([^\s\d]*\d\S*?)(?:[.,;:] +(?=\w+ )| +(?=[^\W\d_]{{3}}|[{_CJK}]))(?!.*\b(?:{_NO_UNITS})\b)"
-    r"[^\W\d_]+(?:[ ,.;:]+[^\W\d_]+)*",
+_THEN_WORDS = re.compile(  # `5 apples`, `5 (apples)`, `1/2 개`, `2/5, so we are done`
+    rf"([^\s\d]*\d\S*?)(?:[.,;:] +(?=\w+ )| +(?=[^\W\d_]{{3}}|\([^\W\d_]{{2}}|[{_CJK}])\(?)(?!.*\b(?:{_NO_UNITS})\b)"
+    r"[^\W\d_]+(?:[ ,.;:]+[^\W\d_]+)*\)?",
     re.IGNORECASE,
 )
 _GAP = r"(?:\\[,;:! ]|[~\s])*"
