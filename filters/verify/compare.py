@@ -13,6 +13,7 @@ from filters.verify.extract import (
     PatternSettings,
     ReferenceSettings,
     all_shown,
+    boxed,
     canonical,
     last_number,
     parse_json,
@@ -128,7 +129,7 @@ def choice(answer: Answer, settings: ChoiceSettings) -> Verified:
     if known and own is not None and own not in known:
         raise Unverified(f"the reference {shown(own)!r} is none of the labels")
     part = settings.part_of(answer)
-    result = _label(part, settings.labels)
+    result = _label(_out_of_box(part), settings.labels)
     if known and result not in known:
         return Verified(Reason(rule="choice", found=shown(part), allowed=settings.labels))
     if wanted is not None and result != own:
@@ -138,6 +139,13 @@ def choice(answer: Answer, settings: ChoiceSettings) -> Verified:
 
 def _folded(text: str) -> str:
     return folded(text).replace(DOTTED, "i")
+
+
+def _out_of_box(text: str) -> str:
+    r"""What `\(\boxed{C}\).` holds; any other text as it stands."""
+    box = boxed(text)
+    alone = box is not None and not text.replace(f"\\boxed{{{box}}}", "").strip(_AROUND + "$\\")
+    return box if box is not None and alone else text
 
 
 def _label(text: str, labels: list[str]) -> str:

@@ -142,6 +142,11 @@ def test_matches(settings: dict[str, Any], text: str, reference: Any, expected: 
         ({"labels": ["A", "B"], "reference": True}, "Ａ", "B", "choice", "a"),
         ({"labels": ["4", "-4"], "reference": True}, "–4", "4", "choice", None),  # a dash may be a minus
         ({"labels": ["m2", "m²"], "reference": True}, "m²", "m2", "choice", "m²"),
+        ({"labels": ["A", "B"], "reference": True}, "\\[ \\boxed{B} \\]", "B", "passes", "b"),
+        ({"labels": ["A", "B"], "reference": True}, "It is A or B.\n\\[ \\boxed{B} \\]", "B", "choice", None),
+        ({"labels": ["A", "B"], "reference": True}, "$\\boxed{(A)}$.", "B", "choice", "a"),
+        ({"labels": ["A", "B"], "pattern": "is (.+)"}, "The answer is \\(\\boxed{B}\\).", "B", "passes", "b"),
+        ({"reference": True}, "\\boxed{Oslo}", "Oslo", "passes", "oslo"),
         ({"labels": ["billing", "other"]}, "It is billing", None, "choice", None),
         ({"labels": ["billing", "other"], "pattern": "is (\\w+)"}, "It is billing", None, "passes", "billing"),
         ({"reference": True}, "Billing", "billing", "passes", "billing"),
