@@ -12,8 +12,8 @@ from filters.verify.quantities import as_one_number
 
 _NUMBER = r"(?<![\w.,^/])(\d+(?:\.\d+)?|\.\d+)"
 _CJK = r"\u3000-\u30ff\u3400-\u9fff\uac00-\ud7a3\uff01-\uff0f\uff1a-\uff1f"  # letters, and marks between them
-_GLUED = re.compile(  # where math-verify needs a blank: `1/2입니다`, `答案是72。`, `Answer:72`, `<answer>3</answer>`
-    rf"(?:(?<=[{_CJK}≈~>])|(?<=[^\W\d_]:))(?=-?\$?\d)|(?<=[\d}})])(?=[{_CJK}?;—<])"
+_GLUED = re.compile(  # where math-verify needs a blank: `1/2입니다`, `答案是72。`, `9-6=3`, `<answer>3</answer>`
+    rf"(?:(?<=[{_CJK}≈~>=])|(?<=[^\W\d_]:))(?=-?\$?\d)|(?<=[\d}})])(?=[{_CJK}?;—<])"
 )
 _SMALL = re.compile(r"(?P<power>(?<=[\d)])[⁺⁻]?[⁰¹²³⁴-⁹]+)|(?P<space>(?<=\d) ?)?[¼-¾⅐-⅞]")  # 10⁵, 2½; not cm²
 _SCIENTIFIC = re.compile(_NUMBER + r"(?:e| ?[x×] ?10\^)([+-]?\d{1,2})(?![\w^]|\.\d)", re.IGNORECASE)
