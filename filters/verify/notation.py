@@ -30,6 +30,7 @@ _DOTTED = re.compile(  # 1.234.567, 1.234,5
 _EMPHASIS = re.compile(r"(?<![\w)\]}^*\\])(\*{1,3})(?=\S)(.+?)(?<=[^\s*])\1(?![\w(*])")  # none in 3*4 and 2**3
 # What is no part of a value goes. ’ stays, as it is also a prime.
 _PLAIN_SIGNS = str.maketrans("", "", '`"“”„‟«»‹›‘‚€£¥₩₹')
+_MINUS_DOLLARS = re.compile(r"(?<![\w.$)])-\$(?=\d)")  # -$5; no end of LaTeX and begin of more: $3$-$5$
 _CHOSEN = re.compile(r"(?:\A|(?<=답[:은])|(?<=답[:은] ))[①-⑳](?! ?\d)")  # 정답: ③
 _ROOT = re.compile(r"√ ?(?:(\d+(?:\.\d+)?)|\(([^()]*)\))")
 _PI = re.compile(r"(?<=\d) ?pi\b")
@@ -99,7 +100,7 @@ def _plain(text: str) -> str:
 
     That is `1.5e3` as 1500, `1 1/2` as 3/2 and `10\,500` as 10500: it would read 1.5, 1 and 10 times 500.
     """
-    text = _EMPHASIS.sub(r"\2", plain(text).translate(_PLAIN_SIGNS))
+    text = _EMPHASIS.sub(r"\2", _MINUS_DOLLARS.sub("$-", plain(text)).translate(_PLAIN_SIGNS))
     text = _DOTTED.sub(lambda match: match[0].replace(".", "").replace(",", "."), text)
     text = _UNIT.sub("", as_one_number(text).replace("\\$", ""))
     text = _CHOSEN.sub(lambda match: f"{unicodedata.numeric(match[0]):.0f}", _PI.sub("π", text))

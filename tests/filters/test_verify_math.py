@@ -215,6 +215,11 @@ def test_signs_of_money_do_not_count(text: str) -> None:
     check(text, "1250", "250")
 
 
+@pytest.mark.parametrize("text", ["The answer is -$1,250.", "It fell from $2,000 to $750, by −$1,250.", "-$1,250"])
+def test_a_sum_of_dollars_may_be_negative(text: str) -> None:
+    check(text, "-1250", "1250")
+
+
 @pytest.mark.parametrize(
     ("text", "right", "wrong"),
     [
