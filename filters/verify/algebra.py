@@ -14,6 +14,7 @@ from math_verify import ExprExtractionConfig, LatexExtractionConfig
 from math_verify.grader import get_pct_val, is_equation, take_last_relation
 
 from filters.verify.notation import value_alone, value_within
+from filters.verify.quantities import without_words
 
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns that its own time limit is off
 _LATEX_OR_PLAIN = LatexExtractionConfig(), ExprExtractionConfig()
@@ -22,9 +23,17 @@ _LATEX_OR_PLAIN = LatexExtractionConfig(), ExprExtractionConfig()
 def compare(exact: str | None, text: str, reference: str) -> dict[str, Any]:
     """Whether the values are the same, and the answer's, normalised; None if it has none.
 
-    `exact` is nothing but the value, where it could be told from the text. Raises ValueError if the reference is no
-    value.
+    `exact` is nothing but the value, where it could be told from the text. `1.5 million` is right for 1500000 and for
+    1.5, as for a question that asks for millions. Raises ValueError if the reference is no value.
     """
+    found = _compare(exact, text, reference)
+    fewer_words = exact and without_words(exact), without_words(text)
+    if not found["same"] and fewer_words != (exact, text):
+        found["same"] = _compare(*fewer_words, reference)["same"]
+    return found
+
+
+def _compare(exact: str | None, text: str, reference: str) -> dict[str, Any]:
     gold = _read_alone(reference)
     found = _read_alone(exact) if exact else _read(value_within(text))
     if not gold:

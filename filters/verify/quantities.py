@@ -58,6 +58,11 @@ def as_one_number(text: str) -> str:
     return _PRODUCT.sub(_without_product, text)
 
 
+def without_words(text: str) -> str:
+    """The text with `1.5 million` as 1.5, for questions that ask for millions."""
+    return _IN_WORDS.sub(r"\1", text)
+
+
 def _in_smaller_unit(factor: int, two: re.Match[str]) -> str:
     return _written(_value(two[1]) * factor + _value(two[2])) + two[3]
 

@@ -215,6 +215,21 @@ def test_signs_of_money_do_not_count(text: str) -> None:
     check(text, "1250", "250")
 
 
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("The net change is -$3,987 thousand.", "-3987"),  # TAT-QA: the reference's scale is in another column
+        ("So the answer is:\n$16.4 million", "16.4"),
+        ("84/12 = 7 dozen eggs", "7"),
+        ("\\boxed{3 \\text{ million}}", "3"),
+    ],
+)
+def test_a_number_before_a_word_such_as_million_is_right_too(text: str, right: str) -> None:
+    assert outcome(verify("math", text, settings_of("math"), right)) == "passes"
+    for wrong in (f"{right}1", f"{right} billion"):
+        assert outcome(verify("math", text, settings_of("math"), wrong)) == "math"
+
+
 @pytest.mark.parametrize("text", ["The answer is -$1,250.", "It fell from $2,000 to $750, by −$1,250.", "-$1,250"])
 def test_a_sum_of_dollars_may_be_negative(text: str) -> None:
     check(text, "-1250", "1250")
@@ -241,12 +256,12 @@ def test_a_sum_of_dollars_may_be_negative(text: str) -> None:
         ("답은 3분의 2입니다.", "2/3", "2"),
         ("답은 2와 3분의 1입니다.", "7/3", "1/3"),
         # English
-        ("The answer is 1.5 million.", "1500000", "1.5"),
-        ("It costs $3 million.", "3000000", "3"),
+        ("The answer is 1.5 million.", "1500000", "1500"),
+        ("It costs $3 million.", "3000000", "3000"),
         ("3 hundred thousand", "300000", "300"),
-        ("The answer is 3 dozen.", "36", "3"),
-        ("\\boxed{3 dozen}", "36", "3"),
-        ("$3 \\text{ million}$", "3000000", "3"),
+        ("The answer is 3 dozen.", "36", "12"),
+        ("\\boxed{3 dozen}", "36", "12"),
+        ("$3 \\text{ million}$", "3000000", "3000"),
         # two units
         ("정답은 3시간 20분입니다.", "3시간 20분", "2시간 20분"),
         ("정답은 3시간 20분입니다.", "200", "20"),
