@@ -27,7 +27,9 @@ _THOUSANDS = re.compile(  # none in the pair `(100,200)` and the set `\{100,200\
 _DOTTED = re.compile(  # 1.234.567, 1.234,5
     r"(?<![\w.,/^])[1-9]\d{0,2}(?:(?:\.\d{3}){2,}(?:,\d+)?|(?:\.\d{3})+,\d+)(?![,.]?\d)"
 )
-_EMPHASIS = re.compile(r"(?<![\w)\]}^*\\])(\*{1,3})(?=\S)(.+?)(?<=[^\s*])\1(?![\w(*])")  # none in 3*4 and 2**3
+_EMPHASIS = re.compile(  # **72**, 共**72**个; none in 3*4 and 2**3
+    rf"(?<![^\W{_CJK}])(?<![)\]}}^*\\])(\*{{1,3}})(?=\S)(.+?)(?<=[^\s*])\1(?![^\W{_CJK}]|[(*])"
+)
 # What is no part of a value goes. ’ stays, as it is also a prime.
 _PLAIN_SIGNS = str.maketrans("", "", '`"“”„‟«»‹›‘‚€£¥₩₹')
 _MINUS_DOLLARS = re.compile(r"(?<![\w.$)])-\$(?=\d)")  # -$5; no end of LaTeX and begin of more: $3$-$5$
