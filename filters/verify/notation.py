@@ -53,6 +53,7 @@ _STATED = re.compile(  # a value right after the last word `answer` that ends it
     re.IGNORECASE | re.DOTALL,
 )
 _FULL_STOP = re.compile(r"(?<=\d)(/\d+)\.(?=\s|\Z)")  # math-verify reads `6/5.` as 6/5.0, which is no 6/5
+_LATEX_STOP = re.compile(r"(?<!\\right)\.(?=\s*\\[\])]|\$)")  # \[ x = \frac{7}{2}. \], which it cannot read
 _LATEX = re.compile(r"\$|\\[(\[]")
 _DOLLARS = re.compile(r"(?<!\\)\$")
 _END = re.compile(r"(?<!\\)[.,;。*`\s]+$")
@@ -90,7 +91,8 @@ def value_within(text: str) -> str:
 
     `16π` becomes LaTeX, and `3:2` a fraction.
     """
-    text = _FULL_STOP.sub(r"\1\n", _RATIO.sub(r"\1/\3", _plain(text)))
+    text = _LATEX_STOP.sub("", _RATIO.sub(r"\1/\3", _plain(text)))
+    text = _FULL_STOP.sub(r"\1\n", text)
     if not _LATEX.search(text):
         text = _SYMBOLIC.sub(r"$\g<0>$", text)
     stated = _STATED.match(text)

@@ -88,6 +88,20 @@ def test_a_point_parts_groups_of_digits_where_the_recipe_says_so() -> None:
     assert outcome(verify("math", "Es sind 12.500 €.", settings, "12.5")) == "math"
 
 
+@pytest.mark.parametrize(
+    ("text", "right", "wrong"),
+    [
+        ("\\[ x = \\frac{7}{2}. \\]", "7/2", "7"),
+        ("So $x = \\frac{14}{4} = \\frac{7}{2}.$", "7/2", "2"),
+        ("\\[\nA = 16\\pi.\n\\]", "16\\pi", "16"),
+        ("The center is \\((2,1).\\)", "(2, 1)", "1"),
+        ("\\[ r = 4 \\text{ or } r = \\frac{7}{2}. \\]", "4, \\frac{7}{2}", "4"),
+    ],
+)
+def test_a_sentence_may_end_inside_latex(text: str, right: str, wrong: str) -> None:
+    check(text, right, wrong)
+
+
 def test_an_equation_to_solve_is_no_value() -> None:
     assert verify("math", "$2x + 3 = 7$", settings_of("math"), "7x").result == "Eq(2*x + 3, 7)"
     assert outcome(verify("math", "\\boxed{0 < x < 5}", settings_of("math"), "0 < x < 5")) == "passes"
