@@ -34,8 +34,8 @@ INVISIBLE = (  # and without a width; most say which way a text runs
 )
 _DIGITS = {code: str(unicodedata.decimal(chr(code))) for code in range(0x80, 0x20000) if chr(code).isdecimal()}
 _PLAIN = _DIGITS | str.maketrans("−–－٫٬", "---.,", INVISIBLE)  # Arabic has marks of its own in numbers
-# between groups of digits: spaces that do not break, and what the Swiss write
-_THIN_SPACE = re.compile(r"(?<=\d)(?:\\[,:;! ]|[~\u00a0\u2009\u202f'’])(?=\d{3}(?!\d))")
+# between groups of digits: spaces that do not break, what the Swiss write, and 14,\!400
+_THIN_SPACE = re.compile(r"(?:(?<=\d)(?:\\[,:;! ]|[~\u00a0\u2009\u202f'’])|(?<=\d,)\\!)(?=\d{3}(?!\d))")
 _SPACED = re.compile(r"\D*[1-9]\d{0,2}(?: \d{3})+(?:[.,]\d+)?\D*")  # 12 500 рублей: the only number of a text
 _SHOWN = 100  # characters of an answer that a reason quotes
 

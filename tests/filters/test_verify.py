@@ -65,6 +65,7 @@ DEEP = "[" * 10_000 + "]" * 10_000
         ({"as": "number"}, "3-$5", 5, "passes", "5"),
         ({"as": "number"}, "$3$–$5$", 5, "passes", "5"),
         ({"as": "number"}, "- $5", 5, "passes", "5"),  # an item of a list
+        ({"as": "number"}, "so $14,\\!400$ ways", "14400", "passes", "14400"),
         # a decimal comma
         ({"as": "number"}, "Das macht 17,50 €.", "12,50", "matches", "17.5"),
         ({"as": "number"}, "Das macht 12,50 €.", 12.5, "passes", "12.5"),
