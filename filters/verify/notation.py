@@ -53,6 +53,9 @@ _STATED = re.compile(  # a value right after the last word `answer` that ends it
     re.IGNORECASE | re.DOTALL,
 )
 _FULL_STOP = re.compile(r"(?<=\d)(/\d+)\.(?=\s|\Z)")  # math-verify reads `6/5.` as 6/5.0, which is no 6/5
+_LINES = re.compile(  # \begin{align*} A &= 30^2\pi \\ &= 900\pi \end{align*}
+    r"(?:\\\[|\$\$)?\s*\\begin\{((?:align|gather|equation)(?:ed)?\*?)\}(.*?)\\end\{\1\}[\s.]*(?:\\\]|\$\$)?", re.DOTALL
+)
 _LATEX_STOP = re.compile(r"(?<!\\right)\.(?=\s*\\[\])]|\$)")  # \[ x = \frac{7}{2}. \], which it cannot read
 _LATEX = re.compile(r"\$|\\[(\[]")
 _DOLLARS = re.compile(r"(?<!\\)\$")
@@ -91,7 +94,8 @@ def value_within(text: str) -> str:
 
     `16π` becomes LaTeX, and `3:2` a fraction.
     """
-    text = _LATEX_STOP.sub("", _RATIO.sub(r"\1/\3", _plain(text)))
+    text = _plain(_LINES.sub(_last_line, text))
+    text = _LATEX_STOP.sub("", _RATIO.sub(r"\1/\3", text))
     text = _FULL_STOP.sub(r"\1\n", text)
     if not _LATEX.search(text):
         text = _SYMBOLIC.sub(r"$\g<0>$", text)
@@ -113,6 +117,12 @@ def _plain(text: str) -> str:
     text = _SMALL.sub(_full_size, _GLUED.sub(" ", text))
     text = _SCIENTIFIC.sub(lambda match: f"{Decimal(f'{match[1]}e{match[2]}'):f}", text)
     return _MIXED.sub(lambda match: _fraction(match) or match[0], text)
+
+
+def _last_line(lines: re.Match[str]) -> str:
+    r"""`\[ 900\pi \]`, of equations below each other, which math-verify cannot read."""
+    last = re.split(r"\\\\(?:\[[\w.]+\])?", lines[2].rstrip("\\ \n"))[-1].replace("&", "")
+    return "\\[ " + re.sub(r"^(?:[=\s]|\\(?:q?quad|Rightarrow|implies))+", "", last) + " \\]"
 
 
 def _full_size(small: re.Match[str]) -> str:

@@ -94,11 +94,14 @@ def test_a_point_parts_groups_of_digits_where_the_recipe_says_so() -> None:
         ("\\[ x = \\frac{7}{2}. \\]", "7/2", "7"),
         ("So $x = \\frac{14}{4} = \\frac{7}{2}.$", "7/2", "2"),
         ("\\[\nA = 16\\pi.\n\\]", "16\\pi", "16"),
+        ("\\begin{align*}\nA &= 4^2\\pi \\\\\n&= 16\\pi.\n\\end{align*}", "16\\pi", "16"),
+        ("\\[\n\\begin{aligned}\n2x &= 7 \\\\[2ex]\n\\Rightarrow x &= \\frac{7}{2}\n\\end{aligned}\n\\]", "7/2", "7"),
+        ("$$\\begin{aligned} y &= 7\\cdot 3x + 7\\cdot 2 \\\\ &= 21x + 14 \\end{aligned}$$", "21x + 14", "14"),
         ("The center is \\((2,1).\\)", "(2, 1)", "1"),
         ("\\[ r = 4 \\text{ or } r = \\frac{7}{2}. \\]", "4, \\frac{7}{2}", "4"),
     ],
 )
-def test_a_sentence_may_end_inside_latex(text: str, right: str, wrong: str) -> None:
+def test_latex_may_end_a_sentence_or_have_several_lines(text: str, right: str, wrong: str) -> None:
     check(text, right, wrong)
 
 
