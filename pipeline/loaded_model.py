@@ -11,7 +11,8 @@ from typing import Any
 def stop_tokens(tokenizer: Any, model: Any) -> set[int]:
     """Ids that end an answer: the tokenizer's EOS and all that generation stops at (an end-of-turn token is one)."""
     found: set[int] = set()
-    for value in (tokenizer.eos_token_id, model.generation_config.eos_token_id, model.config.eos_token_id):
+    own = getattr(model.config, "eos_token_id", None)  # one of images and text (Gemma 3) may have it in its text's part
+    for value in (tokenizer.eos_token_id, model.generation_config.eos_token_id, own):
         found.update(value if isinstance(value, list | tuple) else [] if value is None else [value])
     return found
 

@@ -61,6 +61,8 @@ def test_stop_tokens_are_all_that_generation_stops_at() -> None:
     tokenizer = tiny_tokenizer()
     assert stop_tokens(tokenizer, model_of([7, 8], 9)) == {END, 7, 8, 9}
     assert stop_tokens(tokenizer, model_of(None)) == {END}
+    text_and_images = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[7]), config=Gemma3Config())
+    assert stop_tokens(tokenizer, text_and_images) == {END, 7}
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "rope_theta": 1e4}
