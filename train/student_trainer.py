@@ -76,6 +76,7 @@ class StudentTrainer(ScoredOnText, SFTTrainer):
         super().__init__(**settings)
         self.step_rows, self.collate, self.end_to_end = step_rows, self.data_collator, padding_free
         self.micro: dict[str, Any] = {"tokens": micro_tokens, "rows": micro_rows}
+        self.model_accepts_loss_kwargs = True  # a step's tokens are counted, also where a model's own loss does not ask
         self.apart = False  # whether the model was seen to keep rows apart that lie end to end
 
     def get_train_dataloader(self) -> StepLoader:

@@ -36,6 +36,11 @@ def gemma3() -> Any:
     return text_and_images("gemma3", {"image_size": 28, "patch_size": 14}, model_type="gemma3_text")
 
 
+def gemma4() -> Any:
+    own = {"hidden_size_per_layer_input": 0, "global_head_dim": 16, "num_kv_shared_layers": 0}
+    return text_and_images("gemma4", {"num_key_value_heads": 2, "head_dim": 16}, model_type="gemma4_text", **own)
+
+
 def saved(config: Any, folder: Path) -> Path:
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -43,7 +48,7 @@ def saved(config: Any, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("config", [gemma3])
+@pytest.mark.parametrize("config", [gemma3, gemma4])
 def test_the_text_of_a_model_for_images_is_trained(tmp_path: Path, config: Any) -> None:
     run = make_run(tmp_path / "run", story_rows(10))
     train_run(make_recipe(str(saved(config(), tmp_path / "student")), epochs=2), run)
