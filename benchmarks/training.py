@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from rich.console import Console
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks.made_up import made_up_rows
@@ -89,8 +89,9 @@ def main() -> None:
 
 def defaults(model: str, examples: Examples, config: TrainConfig, folder: Path) -> SFTTrainer:
     """SFTTrainer with its defaults, except what is trained, the learning rate, and settings that write no file."""
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)  # as SFTTrainer loads a name
     return SFTTrainer(
-        model=model,
+        model=loaded,
         args=SFTConfig(
             output_dir=str(folder),
             num_train_epochs=config.epochs,
@@ -103,7 +104,7 @@ def defaults(model: str, examples: Examples, config: TrainConfig, folder: Path) 
             disable_tqdm=True,
         ),
         train_dataset=Dataset.from_list([{name: row[name] for name in TEXTS} for row in examples["train"]]),
-        peft_config=None if config.weights == "full" else lora_config(config),
+        peft_config=None if config.weights == "full" else lora_config(config, loaded),
     )
 
 

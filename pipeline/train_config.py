@@ -97,7 +97,7 @@ class TrainConfig(Section):
     lora_alpha: int = Field(32, ge=1)
     """Scale of the adapters: alpha / rank."""
     lora_dropout: float = Field(0.05, ge=0, lt=1)
-    """Dropout of the adapters' input."""
+    """Dropout of the adapters' input; none where the student's experts are adapted, since PEFT cannot."""
     rslora: bool = False
     """Scale of the adapters: alpha / √rank, for large ranks (Kalajdzievski 2023, arXiv 2312.03732)."""
     dora: bool = False

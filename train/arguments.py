@@ -6,18 +6,36 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
+from pipeline.errors import RecipeError
 from pipeline.train_config import TrainConfig
 from train.machine import autocast
 from train.progress import NEVER
 from train.rates import epochs_of
 
+# Their Mamba layers read the weights of `out_proj` past any adapter, and PEFT refuses one there.
+MAMBA = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 
-def lora_config(config: TrainConfig) -> LoraConfig:
-    """The adapter that the recipe asks for: on every linear layer but the output head (Dettmers et al. 2023)."""
+
+def lora_config(config: TrainConfig, model: Any) -> LoraConfig:
+    """The adapter that the recipe asks for: on every linear layer but the output head (Dettmers et al. 2023).
+
+    A mixture's experts are parameters of their own, whose adapters have no dropout in PEFT, so none has. Nor can they
+    be DoRA: RecipeError.
+    """
     size = {"r": config.lora_rank, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
     kind = {"use_rslora": config.rslora, "use_dora": config.dora}
-    return LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **size, **kind)
+    left_out = ["out_proj"] if model.config.model_type in MAMBA else None
+    adapter = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", exclude_modules=left_out, **size, **kind)
+    convert_peft_config_for_transformers(adapter, model, None)  # names the experts, as PEFT does when it adds adapters
+    if adapter.target_parameters:
+        if config.dora:
+            raise RecipeError(
+                "train.dora true: PEFT has no such adapters for the experts of this student; leave it out"
+            )
+        adapter.lora_dropout = 0
+    return adapter
 
 
 def training_arguments(config: TrainConfig, folder: Path, *, checkpointing: bool) -> dict[str, Any]:

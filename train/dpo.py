@@ -60,6 +60,6 @@ def prepare_dpo(start: Path, pairs: Pairs, recipe: Recipe, setting: Setting) -> 
             train_dataset=datasets.Dataset.from_list(shaped["train"], on_mixed_types="use_json"),
             eval_dataset=datasets.Dataset.from_list(shaped["validation"], on_mixed_types="use_json"),
             processing_class=tokenizer,
-            peft_config=None if config.weights == "full" else lora_config(config),
+            peft_config=None if config.weights == "full" else lora_config(config, model),
         )
     return ready(trainer, dtype, setting)

@@ -357,7 +357,7 @@ def _trainer(model: Any, tokenizer: Any, examples: Examples, setting: Setting) -
         "train_dataset": stored_rows(read, folder, "train"),
         "eval_dataset": stored_rows(examples["validation"], folder, "validation"),
         "processing_class": tokenizer,
-        "peft_config": None if config.weights == "full" else lora_config(config),
+        "peft_config": None if config.weights == "full" else lora_config(config, model),
         "step_rows": config.batch_size,
         "micro_tokens": tokens if config.micro_batch_size is None else sys.maxsize,
         "micro_rows": config.micro_batch_size,

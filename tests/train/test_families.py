@@ -6,8 +6,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
-from tests.tiny_student import END, START, losses, make_recipe, make_run, story_rows, tiny_tokenizer
+from pipeline.adapters import load_merged
+from pipeline.errors import RecipeError
+from tests.tiny_student import END, START, losses, make_recipe, make_run, story_rows, tiny_model, tiny_tokenizer
 from train.run import train_run
 
 SHAPE = {
@@ -41,6 +44,11 @@ def gemma4() -> Any:
     return text_and_images("gemma4", {"num_key_value_heads": 2, "head_dim": 16}, model_type="gemma4_text", **own)
 
 
+def falcon_h1() -> Any:
+    mamba = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128, "mamba_d_state": 16, "mamba_n_groups": 1}
+    return transformers.FalconH1Config(**SHAPE, **mamba, vocab_size=len(tiny_tokenizer()))
+
+
 def saved(config: Any, folder: Path) -> Path:
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -53,3 +61,23 @@ def test_the_text_of_a_model_for_images_is_trained(tmp_path: Path, config: Any) 
     run = make_run(tmp_path / "run", story_rows(10))
     train_run(make_recipe(str(saved(config(), tmp_path / "student")), epochs=2), run)
     assert losses(run)[-1] < losses(run)[0]
+
+
+def test_adapters_of_a_mixture_are_on_its_experts_too(tmp_path: Path) -> None:
+    student = tiny_model(tmp_path / "student", architecture="mixtral")
+    run = make_run(tmp_path / "run", story_rows(10))
+    with pytest.raises(RecipeError, match=r"train\.dora true: PEFT has no such adapters for the experts"):
+        train_run(make_recipe(str(student), method="lora", dora=True), run)
+    train_run(make_recipe(str(student), method="lora", learning_rate=1e-2, epochs=2), run)
+    assert losses(run)[-1] < losses(run)[0]
+    (before, _), (after, _) = load_merged(student, None), load_merged(student, run.student)
+    moved = {name for name, value in after.named_parameters() if not torch.equal(value, before.get_parameter(name))}
+    assert {"model.layers.0.mlp.experts.gate_up_proj", "model.layers.1.self_attn.q_proj.weight"} <= moved
+
+
+def test_adapters_leave_out_what_mamba_layers_read_past_them(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", story_rows(10))
+    train_run(make_recipe(str(saved(falcon_h1(), tmp_path / "student")), method="lora", learning_rate=1e-2), run)
+    assert losses(run)[-1] < losses(run)[0]
+    adapted = {name.split(".")[-3] for name in load_file(run.student / "adapter_model.safetensors")}
+    assert adapted >= {"in_proj", "q_proj", "down_proj"} and "out_proj" not in adapted
