@@ -5,7 +5,7 @@ Takes rows as TRL tokenised them: `input_ids`, and `labels` with -100 where no l
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import repeat
+from itertools import repeat, takewhile
 from typing import Any
 
 import numpy as np
@@ -23,22 +23,29 @@ def label_faults(
     decode: Callable[[list[int]], str],
     known: int,
     prompts: Iterable[Sequence[int]] = repeat(()),
+    questions: Iterable[int] = repeat(0),
 ) -> dict[str, list[str]]:
     """The rows whose labels teach more than their answer, or less: by kind of fault, what is wrong with each.
 
     `known`: how many tokens the model has embeddings of. `prompts`: what the last answer of each row is asked with, if
-    loss falls on earlier turns of the assistant too.
+    loss falls on earlier turns of the assistant too. `questions`: of each row, how many tokens are no answer for sure.
     """
     faults: dict[str, list[str]] = {}
-    for number, (row, prompt) in enumerate(zip(rows, prompts, strict=False), start=1):
-        if found := label_fault(row, stops=stops, decode=decode, known=known, prompt=prompt):
+    for number, (row, prompt, question) in enumerate(zip(rows, prompts, questions, strict=False), start=1):
+        if found := label_fault(row, stops=stops, decode=decode, known=known, prompt=prompt, question=question):
             kind, reason = found
             faults.setdefault(kind, []).append(f"row {number}: {reason}")
     return faults
 
 
 def label_fault(
-    row: TokenRow, *, stops: set[int], decode: Callable[[list[int]], str], known: int, prompt: Sequence[int] = ()
+    row: TokenRow,
+    *,
+    stops: set[int],
+    decode: Callable[[list[int]], str],
+    known: int,
+    prompt: Sequence[int] = (),
+    question: int = 0,
 ) -> tuple[str, str] | None:
     """The kind of a row's fault (vocabulary, eos, masked or labels) and what is wrong; None if it has none.
 
@@ -53,6 +60,9 @@ def label_fault(
     first, end = learned[0], learned[-1] + 1
     if first == 0:
         return "labels", "loss falls on the prompt too; the chat template renders no prompt before it"
+    if first < question:
+        otherwise = "the chat template renders an answered prompt otherwise"
+        return "labels", f"loss falls on the prompt too: on {decode(ids[first : first + 8])!r}; {otherwise}"
     if prompt and ids[: len(prompt)] == prompt and labels[len(prompt) - 1] != MASKED:
         return "labels", f"loss falls on the prompt too: on its end, {decode(ids[len(prompt) - 1 : len(prompt)])!r}"
     if decode(ids[end:]).strip() or (MASKED in labels[first:end] and not prompt):
@@ -78,10 +88,16 @@ def asked_tokens(messages: Sequence[Any], tools: str | None, tokenizer: Any) -> 
     return _by_template(messages, tools, tokenizer, add_generation_prompt=True)
 
 
+def question_tokens(messages: Sequence[Any], tools: str | None, tokenizer: Any) -> int:
+    """How many of a prompt's tokens (`asked_tokens`) stand before the header of its answer."""
+    both = zip(asked_tokens(messages, tools, tokenizer), _by_template(messages, tools, tokenizer), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], both))
+
+
 def answer_header(tokenizer: Any) -> list[int]:
     """What the chat template adds to a conversation before it is answered, as `<|im_start|>assistant` and a newline."""
     turns = [{"role": "user", "content": "question"}]
-    return asked_tokens(turns, None, tokenizer)[len(_by_template(turns, None, tokenizer)) :]
+    return asked_tokens(turns, None, tokenizer)[question_tokens(turns, None, tokenizer) :]
 
 
 def without_header(row: TokenRow, header: list[int]) -> dict[str, list[int]]:

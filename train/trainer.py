@@ -58,6 +58,7 @@ from train.tokens import (
     differing_prompts,
     label_faults,
     prompt_of,
+    question_tokens,
     row_lengths,
     without_header,
 )
@@ -197,14 +198,17 @@ def prepare(student: str, examples: Examples, setting: Setting) -> Prepared:
             trainer.eval_dataset = trainer.eval_dataset.map(without_header, fn_kwargs={"header": header})
         prepared = ready(trainer, dtype, setting)
         shown = Lazy(prepared.rows["train"], examples["train"].__getitem__)
-        faults = _faults(prepared, examples, tokenizer)
         differing = differing_prompts(trainer.train_dataset, shown, tokenizer)
+        faults = _faults(prepared, examples, tokenizer, differing)
         following = _with_teacher(prepared, shown) if shown and config.soft else trainer
     return replace(prepared, trainer=following, faults=faults, differing=differing)
 
 
-def _faults(prepared: Prepared, examples: Examples, tokenizer: Any) -> dict[str, list[str]]:
-    """What is wrong with the tokens of the rows that are not too long, or with what they are padded with."""
+def _faults(prepared: Prepared, examples: Examples, tokenizer: Any, differing: int) -> dict[str, list[str]]:
+    """What is wrong with the tokens of the rows that are not too long, or with what they are padded with.
+
+    `differing`: how many rows have another prompt than they are asked with.
+    """
     trainer = prepared.trainer
     known, pad = trainer.model.get_input_embeddings().weight.shape[0], trainer.processing_class.pad_token_id
     if pad >= known:
@@ -212,10 +216,13 @@ def _faults(prepared: Prepared, examples: Examples, tokenizer: Any) -> dict[str,
         return {"vocabulary": [f"the padding token has the id {pad}, the model knows {known:,} tokens"] * every}
     seen, stops = chain(trainer.train_dataset, trainer.eval_dataset), stop_tokens(tokenizer, trainer.model)
     prompts: Iterator[Sequence[int]] = repeat(())
+    questions: Iterator[int] = repeat(0)
+    texts = (examples[part][index] for part, rows in prepared.rows.items() for index in rows)
     if prepared.setting.config.loss_on == "all":
-        texts = (examples[part][index] for part, rows in prepared.rows.items() for index in rows)
         prompts = (asked_tokens(text["prompt"], text["tools"], tokenizer) for text in texts)
-    return label_faults(seen, stops=stops, decode=tokenizer.decode, known=known, prompts=prompts)
+    elif differing:
+        questions = (question_tokens(text["prompt"], text["tools"], tokenizer) for text in texts)
+    return label_faults(seen, stops=stops, decode=tokenizer.decode, known=known, prompts=prompts, questions=questions)
 
 
 def ready(trainer: Any, dtype: torch.dtype, setting: Setting) -> Prepared:

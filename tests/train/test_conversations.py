@@ -39,6 +39,13 @@ MARKED = (
 )
 # As DeepSeek-R1's: what stands before the last closing tag is not rendered.
 DROPPING = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")
+# As Mistral-7B-Instruct-v0.3's: the system message is in the last turn, if that is the user's.
+LAST_TURN = (
+    "{% set system = messages[0]['content'] + '\n\n' if messages[0]['role'] == 'system' else '' %}"
+    "{% for message in messages if message['role'] != 'system' %}{% if message['role'] == 'user' %}"
+    "{{ '[INST] ' + (system if loop.last else '') + message['content'] + '[/INST]' }}{% else %}"
+    "{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+)
 LAMP = {"type": "function", "function": {"name": "lamp", "parameters": {"type": "object", "properties": {}}}}
 
 
@@ -72,6 +79,18 @@ def shown(model: str, rows: list[Kept], tmp_path: Path, **train: Any) -> list[tu
         found.append((tokenizer.decode(row["input_ids"]), tokenizer.decode(learned)))
     assert prepared.lengths["train"] == [len(row["input_ids"]) for row in prepared.trainer.train_dataset]
     return found
+
+
+def test_a_template_that_moves_the_system_message_would_teach_the_question(
+    student: Callable[[str], str], tmp_path: Path
+) -> None:
+    model, bare = student(LAST_TURN), kept_row(1, "Why?", "So.")
+    assert shown(model, [bare], tmp_path / "bare") == [("[INST] Why?[/INST] So.<|im_end|>", " So.<|im_end|>")]
+    system = Message("system", "Be brief.")
+    rows = [kept_row(n, "", "So.", messages=[system, Message("user", f"Why {n}?")]) for n in range(6)]
+    wanted = r"labels: 0 of 5 rows .*: loss falls on the prompt too: on 'Why \d\?\[/'; the chat template renders an"
+    with pytest.raises(DataError, match=wanted):
+        train_run(make_recipe(model, accept=["filters", "context"]), make_run(tmp_path / "run", rows))
 
 
 def told(student: str, own: str | None, **teacher: Any) -> Recipe:

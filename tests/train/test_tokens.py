@@ -41,6 +41,15 @@ def test_a_row_that_teaches_something_else_is_named(bad: dict[str, list[int]], k
     assert all(reason in fault for fault in faults[kind])
 
 
+def test_loss_on_a_question_is_named() -> None:
+    rows = [row([10, 11, 12, 2], 2), row([10, 12, 11, 2], 1)]  # the second is asked with 10 11
+    faults = label_faults(rows, stops={STOP}, decode=decode, known=13, questions=[2, 2])
+    assert [*faults] == ["labels"] and len(faults["labels"]) == 1
+    assert faults["labels"][0].startswith(
+        "row 2: loss falls on the prompt too: on 'cb<end>'; the chat template renders"
+    )
+
+
 def test_loss_on_every_turn_spares_the_header_of_an_answer() -> None:
     """Turns of a user (10), headers (11 12) and an answer: loss falls on its text and its stop token alone."""
     ids, header = [10, 11, 12, 3, 2, 10, 11, 12, 11, 2], [11, 12]
