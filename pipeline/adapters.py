@@ -5,6 +5,7 @@ Also their size, and whether their files are whole.
 
 import hashlib
 import json
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from pipeline.records import read_json
 from pipeline.rundir import RunDir, replacing_folder, waiting_lock
 
 ADAPTER = "adapter_config.json"  # in the folder of an adapter, and in no other
+PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 MERGED_FROM = "merged_from.json"  # in a merged folder of a run: the base and adapter that it was made of
 
 
@@ -56,7 +58,23 @@ def merge_adapter(base: str | Path, adapter: Path, target: Path) -> None:
     transformers.utils.logging.disable_progress_bar()
     model, dtype = load_merged(base, adapter)
     model.to(dtype).save_pretrained(target)
+    copy_processor(model, target)
     transformers.AutoTokenizer.from_pretrained(adapter).save_pretrained(target)
+
+
+def copy_processor(model: Any, folder: Path) -> None:
+    """Writes how images are prepared beside a saved model that reads them, as it is beside the one that was loaded.
+
+    Without these files vLLM serves no such model, not even for text. A model of text has none.
+    """
+    from transformers.utils import cached_file
+
+    config = model.config
+    if config.get_text_config() is config:
+        return
+    for name in PROCESSOR:
+        if found := cached_file(config.name_or_path, name, _raise_exceptions_for_missing_entries=False):
+            shutil.copyfile(found, folder / name)
 
 
 def whole_model(folder: Path, base: str | Path, merged: Path) -> Path:

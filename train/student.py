@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from pipeline.adapters import torn_file
+from pipeline.adapters import copy_processor, torn_file
 from pipeline.errors import RecipeError, first_line
 from pipeline.instructions import asked_of_student
 from pipeline.models import explained, resolve_model
@@ -38,6 +38,7 @@ def initial_student(recipe: Recipe, run: RunDir, rows: Sequence[Kept] = ()) -> s
         with replacing_folder(run.student_init) as building:
             model, tokenizer, facts = _built(recipe, rows)
             model.save_pretrained(building)
+            copy_processor(model, building)
             tokenizer.save_pretrained(building)
             (building / BUILT).write_text(json.dumps({**origin, **facts}, ensure_ascii=False) + "\n")
     return str(run.student_init.resolve())  # absolute: an adapter's base is found from any folder

@@ -23,7 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, get_training_chat_template
 from trl.chat_template_utils import is_chat_template_stop_token_trained
 
-from pipeline.adapters import base_of, load_merged
+from pipeline.adapters import base_of, copy_processor, load_merged
 from pipeline.errors import DistillError, RecipeError, UsageError
 from pipeline.loaded_model import context_of, stop_tokens
 from pipeline.models import explained
@@ -159,6 +159,8 @@ class Prepared:
             state = self.trainer.accelerator.get_state_dict(model) if self.trainer.is_fsdp_enabled else None
             if self.setting.processes.lead:
                 model.save_pretrained(folder, state_dict=state)
+                if not adapter:
+                    copy_processor(model, folder)
                 (folder / "README.md").unlink(missing_ok=True)  # PEFT's card of blanks, with a path of this machine
                 self.trainer.processing_class.save_pretrained(folder)
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from pipeline.adapters import load_merged
 from pipeline.errors import RecipeError
+from pipeline.students import after_training, before_training
 from tests.tiny_student import END, START, losses, make_recipe, make_run, story_rows, tiny_model, tiny_tokenizer
 from train.run import train_run
 
@@ -54,6 +55,22 @@ def saved(config: Any, folder: Path) -> Path:
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.mark.parametrize(("method", "template"), [("full", None), ("lora", "chatml")])
+def test_a_student_for_images_is_saved_with_what_prepares_them(
+    tmp_path: Path, method: str, template: str | None
+) -> None:
+    base, run = saved(gemma3(), tmp_path / "base"), make_run(tmp_path / "run", story_rows(10))
+    (base / "processor_config.json").write_text('{"processor_class": "Gemma3Processor"}')
+    recipe = make_recipe(str(base), method=method)
+    assert recipe.student
+    recipe = recipe.model_copy(update={"student": recipe.student.model_copy(update={"chat_template": template})})
+    train_run(recipe, run)
+    served = {before_training(recipe, run), after_training(recipe, run)}
+    assert len(served) == 2
+    for folder in served:
+        assert (folder / "processor_config.json").read_text() == (base / "processor_config.json").read_text()
 
 
 @pytest.mark.parametrize("config", [gemma3, gemma4])
