@@ -1,10 +1,13 @@
 """What a loaded tokenizer and model say: which tokens end an answer, and how much is read at once.
 
-Imports nothing heavy, reads and writes no file.
+Imports nothing heavy, and writes no file; `without_weights` reads a model's configuration.
 """
 
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -15,6 +18,16 @@ def stop_tokens(tokenizer: Any, model: Any) -> set[int]:
     for value in (tokenizer.eos_token_id, model.generation_config.eos_token_id, own):
         found.update(value if isinstance(value, list | tuple) else [] if value is None else [value])
     return found
+
+
+def without_weights(reference: str | Path) -> Any:
+    """As much of a model, in a folder or on the Hub, as `stop_tokens` reads."""
+    from transformers import AutoConfig, GenerationConfig
+
+    model = SimpleNamespace(config=AutoConfig.from_pretrained(reference), generation_config=GenerationConfig())
+    with suppress(OSError):  # it has none
+        model.generation_config = GenerationConfig.from_pretrained(reference)
+    return model
 
 
 def end_of_turn(tokenizer: Any, stops: set[int]) -> int:

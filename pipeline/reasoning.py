@@ -13,6 +13,11 @@ from pipeline.turns_and_tools import template_turns
 
 OPEN, CLOSE = "<think>", "</think>"
 Reasoning = Literal["reasoning_content", "content"]  # the field of an answer's turn that has the reasoning
+MADE_UP: dict[Reasoning | None, Json] = {  # answers to look at a template with
+    "reasoning_content": {"role": "assistant", "content": "answer", "reasoning_content": "thought"},
+    "content": {"role": "assistant", "content": f"{OPEN}\nthought\n{CLOSE}\n\nanswer"},
+    None: {"role": "assistant", "content": "answer"},
+}
 
 
 def split_reasoning(text: str) -> tuple[str, str]:
@@ -46,13 +51,10 @@ def reasoning_form(config: TrainConfig, tokenizer: Any) -> Reasoning | None:
     """
     if config.reasoning == "strip":
         return None
-    answers: dict[Reasoning, Json] = {
-        "reasoning_content": {"role": "assistant", "content": "answer", "reasoning_content": "thought"},
-        "content": {"role": "assistant", "content": f"{OPEN}\nthought\n{CLOSE}\n\nanswer"},
-    }
-    for form, answer in answers.items():
+    forms: tuple[Reasoning, ...] = ("reasoning_content", "content")
+    for form in forms:
         if "thought" in tokenizer.apply_chat_template(
-            [{"role": "user", "content": "question"}, answer], tokenize=False
+            [{"role": "user", "content": "question"}, MADE_UP[form]], tokenize=False
         ):
             return form
     return None

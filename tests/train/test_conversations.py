@@ -93,6 +93,48 @@ def test_a_template_that_moves_the_system_message_would_teach_the_question(
         train_run(make_recipe(model, accept=["filters", "context"]), make_run(tmp_path / "run", rows))
 
 
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
+NO_END = CHATML.replace("<|im_end|>", "")  # as GLM-4.5's
+OPEN_THOUGHT = CHATML.replace("assistant\n", "assistant\n<think>\n")  # as DeepSeek-R1's
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        (NO_SYSTEM, r"check templates: .* cannot render a prompt: no system role; set student\.system: \"\" if"),
+        (OPEN_THOUGHT, r"check context: 1 of 1 training prompts .*, or train\.accept: \[context\]; nothing was asked"),
+        (NO_END, r"check eos: 0 of 1 rows .*; nothing was asked"),
+        (LAST_TURN, r"check labels: .*: on 'Hi\[/INST.*; nothing was asked"),
+    ],
+)
+def test_a_template_that_would_stop_the_training_is_told_before_anything_is_asked(
+    student: Callable[[str], str], template: str, told: str
+) -> None:
+    asked = make_recipe(student(template)).model_dump()
+    asked["prompts"]["system"] = "Be brief."
+    with pytest.raises(UsageError, match=told):
+        check_student(Recipe.model_validate(asked))
+    asked["student"]["system"], asked["train"]["accept"] = "", ["context"]
+    if template != NO_END:
+        check_student(Recipe.model_validate(asked))
+
+
+def test_a_template_of_ones_own_is_tried_too_before_anything_is_asked(student: Callable[[str], str]) -> None:
+    given = make_recipe(student("")).model_dump()
+    given["student"]["chat_template"] = NO_END
+    with pytest.raises(UsageError, match=r"check eos: 0 of 1 rows"):
+        check_student(Recipe.model_validate(given))
+    given["student"]["chat_template"] = "chatml"
+    check_student(Recipe.model_validate(given))
+
+
+def test_a_student_of_another_kind_is_told_before_anything_is_asked(student: Callable[[str], str]) -> None:
+    folder = Path(student(CHATML))
+    (folder / "config.json").write_text('{"model_type": "mistral3"}')
+    with pytest.raises(RecipeError, match=r"is of the kind mistral3, which transformers does not load as a language"):
+        check_student(make_recipe(str(folder)))
+
+
 def told(student: str, own: str | None, **teacher: Any) -> Recipe:
     """A recipe whose teacher is told more than its student."""
     recipe = make_recipe(student).model_dump()

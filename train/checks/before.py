@@ -3,22 +3,35 @@
 Looks at settings, small files and this machine; a served teacher is asked once. No model is loaded.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, islice
 from typing import Any
 
+from msgspec.structs import replace
+
 from generate.prompts import iter_prompts
-from pipeline.errors import UsageError
-from pipeline.models import embedded_folder, resolve_model
+from pipeline.checks import Check
+from pipeline.errors import RecipeError, UsageError
+from pipeline.instructions import asked_of_student
+from pipeline.loaded_model import stop_tokens, without_weights
+from pipeline.models import embedded_folder, explained, resolve_model
+from pipeline.reasoning import MADE_UP, reasoning_form
 from pipeline.recipe import Recipe
-from pipeline.records import Kept
+from pipeline.records import Kept, Prompt
 from pipeline.rundir import RunDir
-from train.checks.pair import thoughts_check, tools_check
+from pipeline.turns_and_tools import template_turns
+from train.checks.data import context_check, label_checks
+from train.checks.pair import template_check, thoughts_check, tools_check
+from train.new_student import apply_template
 from train.preferences import check_start, start_of
 from train.processes import ALONE, Processes
-from train.rows import read_test_rows
+from train.rows import read_test_rows, tools_text
 from train.student import check_layers, initial_student, load_tokenizer, read_tokenizer, teacher_to_prune
 from train.teacher import check_same_tokens, followed_files, known_files, tokenizer_of
+
+PROBED = 100  # prompts that the student's template is tried on
 
 
 @contextmanager
@@ -54,8 +67,8 @@ def check_trainable(recipe: Recipe, run: RunDir, gpus: int = 0) -> None:
 def check_student(recipe: Recipe) -> None:
     """Raises UsageError if the student, or the model that it is made of, cannot be read, or has no fit template.
 
-    Of a model on the Hub only the tokenizer is fetched, or the configuration if layers are taken of it; an embedded
-    model is not fetched.
+    Of a model on the Hub only the tokenizer and the configuration are fetched, or the latter alone if layers are taken
+    of it; an embedded model is not fetched.
     """
     student = recipe.student
     assert student is not None
@@ -69,24 +82,70 @@ def check_student(recipe: Recipe) -> None:
         with teacher_to_prune(student.pruned, source):
             config = AutoConfig.from_pretrained(known_files(source) or resolved)
         check_layers(student.pruned, config.get_text_config().num_hidden_layers, source)
-    elif student.built:  # it gets its chat template then
+    elif student.new:
         read_tokenizer(resolved)
     else:
-        tokenizer = load_tokenizer(resolved)
+        tokenizer = load_tokenizer(resolved) if student.chat_template is None else read_tokenizer(resolved)
+        if student.chat_template is not None:
+            apply_template(tokenizer, student.chat_template)
         if recipe.train.loss_on == "all":
             from train.trainer import check_marks  # here: trainers are slow to import
 
             check_marks(tokenizer)
-        check_template(recipe, tokenizer)
+        check_template(recipe, tokenizer, check_loadable(source, resolved))
 
 
-def check_template(recipe: Recipe, tokenizer: Any) -> None:
-    """Raises UsageError if the student's template leaves out what its rows will have: tools, or thoughts to learn."""
+def check_loadable(reference: str, resolved: str) -> Any:
+    """The student without its weights. Raises RecipeError if it is of no kind that is trained here."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    with explained(f"student.model: cannot load {reference}"):
+        model = without_weights(resolved)
+    if (kind := model.config.model_type) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise RecipeError(
+            f"student.model: {reference} is of the kind {kind}, which transformers does not load as a language model "
+            "(AutoModelForCausalLM); choose another student"
+        )
+    return model
+
+
+def check_template(recipe: Recipe, tokenizer: Any, model: Any) -> None:
+    """Raises UsageError if the student's template cannot have what its rows will have, or would teach something else.
+
+    That is prompts with their system messages and tools, thoughts to learn, an answer that ends, and a prompt that is
+    the same before and after it is answered. `model`: the student without its weights.
+    """
+    first = islice(iter_prompts(recipe), PROBED)
+    prompts = [replace(prompt, messages=asked_of_student(prompt.messages, recipe.student)) for prompt in first]
     checks = [tools_check(tokenizer, ())] if any(prompt.tools for prompt in iter_prompts(recipe)) else []
     checks += [thoughts_check(tokenizer, recipe.train)] if recipe.train.reasoning == "keep" else []
-    for check in checks:
-        if check.status == "fail":
-            raise UsageError(f"check {check.name}: {check.finding}; {check.fix}; nothing was asked")
+    checks += [template_check(tokenizer, None, prompts)]
+    for check in chain(checks, answer_checks(recipe, tokenizer, model, prompts)):
+        accepted = check.status != "fail" and check.name in recipe.train.accept
+        if check.status in ("warn", "fail") and not accepted:
+            accept = f", or train.accept: [{check.name}]" * (check.status == "warn")
+            raise UsageError(f"check {check.name}: {check.finding}; {check.fix}{accept}; nothing was asked")
+
+
+def answer_checks(recipe: Recipe, tokenizer: Any, model: Any, prompts: Sequence[Prompt]) -> Iterator[Check]:
+    """What these prompts show with a made-up answer; all rows are looked at before the first step.
+
+    With `loss_on: all` rows may be made by a template of TRL's, and these are not.
+    """
+    if recipe.train.loss_on == "all":
+        return
+    from train.tokens import answered_row, differing_prompts, label_faults, question_tokens  # here: torch is slow
+
+    examples: list[dict[str, Any]] = [
+        {"prompt": template_turns(prompt.messages), "tools": tools_text(prompt.tools)} for prompt in prompts
+    ]
+    answer = MADE_UP[reasoning_form(recipe.train, tokenizer)]
+    rows = [answered_row(example, answer, tokenizer) for example in examples]
+    questions = [question_tokens(example["prompt"], example["tools"], tokenizer) for example in examples]
+    stops = stop_tokens(tokenizer, model)
+    faults = label_faults(rows, stops=stops, decode=tokenizer.decode, known=sys.maxsize, questions=questions)
+    yield from label_checks(faults, len(rows))
+    yield context_check(differing_prompts(rows, examples, tokenizer), len(rows))
 
 
 @extra_needed()

@@ -29,7 +29,10 @@ LABELS = {  # what all rows must do, and the fix
     ),
     "eos": ("end with a stop token", "fix the student's chat template: the student would never learn to stop"),
     "masked": ("carry loss", "fix the student's chat template: it leaves the answer out"),
-    "labels": ("carry loss on the whole answer and on nothing else", "fix the student's chat template"),
+    "labels": (
+        "carry loss on the whole answer and on nothing else",
+        'fix the student\'s chat template, or, if it moves the system message, set student.system: ""',
+    ),
 }
 
 
@@ -72,9 +75,15 @@ def token_checks(prepared: "Prepared", ids: Iterable[str], config: TrainConfig) 
     if prepared.faults is None:  # pairs: their prompts and their better answers were looked at when they were rows
         return
     yield from label_checks(prepared.faults, sum(left.values()))
-    finding = f"{prepared.differing} of {left['train']} training prompts are rendered otherwise when they are asked"
-    fix = "the student trains on contexts that it will not see: fix the chat template"
-    yield graded("context", prepared.differing, finding, passes=not prepared.differing, otherwise="warn", fix=fix)
+    yield context_check(prepared.differing, left["train"])
+
+
+def context_check(differing: int, prompts: int) -> Check:
+    """A prompt must be the same before it is answered, when the student is asked it, and after that, in a row."""
+    finding = f"{differing} of {prompts} training prompts are rendered otherwise when they are asked"
+    fix = "the student trains on contexts that it will not see: name a template in student.chat_template that renders "
+    fix += "both alike (one that begins a thought when it asks is made for train.reasoning: keep)"
+    return graded("context", differing, finding, passes=not differing, otherwise="warn", fix=fix)
 
 
 def parts_check(parts: Parts) -> Check:

@@ -15,11 +15,11 @@ import msgspec
 from pipeline.adapters import MERGED_FROM
 from pipeline.advice import BALANCED_SIZES
 from pipeline.checks import Check, Status
-from pipeline.instructions import asked_of_student, told_in_words
+from pipeline.instructions import INSTRUCTIONS, asked_of_student, told_in_words
 from pipeline.lineage import taught_by
 from pipeline.reasoning import reasoning_form
 from pipeline.recipe import Recipe
-from pipeline.records import Kept, Message, question_text
+from pipeline.records import Kept, Message, Prompt, question_text
 from pipeline.train_config import TrainConfig
 from pipeline.turns_and_tools import template_turns
 from train.checks.licences import Terms, licence_check, strictest, terms_of
@@ -110,7 +110,7 @@ def told_only(recipe: Recipe) -> str:
     return f"{teacher}; the student is asked {asked}"
 
 
-def template_check(student: Any, teacher: Any | None, rows: Iterable[Kept], *, told: str = "") -> Check:
+def template_check(student: Any, teacher: Any | None, rows: Iterable[Kept | Prompt], *, told: str = "") -> Check:
     """Both chat templates should render a prompt alike, the system message included, unless the teacher is told more.
 
     Models with the same tokens must make the same text of it; if not, a template is broken, or only one adds a system
@@ -121,7 +121,9 @@ def template_check(student: Any, teacher: Any | None, rows: Iterable[Kept], *, t
     own = [_render(student, messages) for messages in prompts]
     if refused := next((text for text in own if isinstance(text, Exception)), None):
         finding = f"the student's chat template cannot render a prompt: {refused}"
-        fix = "change the prompts (a system message, most likely), or the student"
+        fix = "change the prompts, or the student"
+        if any(messages[0]["role"] in INSTRUCTIONS for messages in prompts):
+            fix = 'set student.system: "" if it takes no system message (no answer is asked anew for that), or ' + fix
         return Check(name="templates", status="fail", value=0, finding=finding, fix=fix)
     if told or teacher is None:
         finding = "the teacher's chat template is not known here; it answered the messages as its endpoint renders them"
@@ -223,7 +225,7 @@ def _ours(folder: Path | None, card: Card) -> str:
     return f"its card is tagged {OUR_TAG}" if OUR_TAG in card.tags else ""
 
 
-def _distinct(rows: Iterable[Kept]) -> list[list[dict[str, Any]]]:
+def _distinct(rows: Iterable[Kept | Prompt]) -> list[list[dict[str, Any]]]:
     conversations: dict[str, list[Message]] = {}
     for row in rows:
         conversations[question_text(row.messages)] = row.messages

@@ -11,13 +11,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from pipeline.adapters import measure_weights
 from pipeline.child import PARENT
 from pipeline.errors import DistillError, UsageError
-from pipeline.loaded_model import stop_tokens
+from pipeline.loaded_model import stop_tokens, without_weights
 from pipeline.models import cache_folder, check_sha256, fetch_wheel
 from pipeline.recipe import Recipe
 from train.publish.ollama import modelfile, not_carried_over
@@ -45,17 +44,13 @@ def write_gguf(recipe: Recipe, folder: Path, target: Path, *, name: str, kind: s
 
     Raises DistillError if the converter does not know the model, or the file is not what the folder is.
     """
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     file = target / f"{name}-{kind}.gguf"
     _convert(folder, file, kind)
     _check(file, folder, tokenizer)
-    # As much of a model as `stop_tokens` reads, without its weights.
-    model = SimpleNamespace(config=AutoConfig.from_pretrained(folder), generation_config=GenerationConfig())
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    stops = tokenizer.convert_ids_to_tokens(sorted(stop_tokens(tokenizer, model)))
+    stops = tokenizer.convert_ids_to_tokens(sorted(stop_tokens(tokenizer, without_weights(folder))))
     (target / "Modelfile").write_text(modelfile(recipe, file.name, tokenizer, stops), encoding="utf-8")
     if left := not_carried_over(recipe):
         print(f"Modelfile: it cannot say {', '.join(left)} of the recipe; Ollama answers without it", file=sys.stderr)
