@@ -23,7 +23,7 @@ from pipeline.address import is_loopback
 from pipeline.errors import DistillError
 from pipeline.instructions import asked_of_student, told_to_teacher
 from pipeline.lineage import read_lineage, taught_by
-from pipeline.models import PREFIX, embedded_folder, explained, is_path, model_folder
+from pipeline.models import PREFIX, embedded_folder, explained, is_path, model_folder, tokenizer_from
 from pipeline.recipe import Recipe
 from pipeline.recipe_sources import expanded
 from pipeline.records import Kept, Prompt
@@ -188,7 +188,7 @@ def load(subject: Subject, *, dtype: str, device: str) -> tuple[Any, Any]:
     Raises RecipeError if it cannot be loaded, as a quantised one without the package that reads it.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     if subject.folder is None:
         raise DistillError(subject.missing)
@@ -199,7 +199,7 @@ def load(subject: Subject, *, dtype: str, device: str) -> tuple[Any, Any]:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, subject.adapter)
-        tokenizer = AutoTokenizer.from_pretrained(subject.adapter or subject.folder)
+        tokenizer = tokenizer_from(subject.adapter or subject.folder)
         return model.to(device).eval(), tokenizer
 
 

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import DistillError, RecipeError, UsageError, first_line
 from pipeline.recipe_sources import expanded
@@ -90,6 +91,17 @@ def model_folder(reference: str) -> Path:
     if not (folder / "config.json").is_file():
         raise DistillError(f"model {reference} has no config.json on the Hub: not a transformers model")
     return folder
+
+
+def tokenizer_from(reference: str | Path) -> Any:
+    """A model's tokenizer as transformers has it, with its chat template if there is one.
+
+    For a folder with Mistral's `tekken.json`, transformers would give Mistral's own tokenizer where that is installed
+    (vLLM brings it), and that has no template.
+    """
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(reference, mistral_format=False)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.adapters import copy_processor, torn_file
 from pipeline.errors import RecipeError, first_line
 from pipeline.instructions import asked_of_student
-from pipeline.models import explained, resolve_model
+from pipeline.models import explained, resolve_model, tokenizer_from
 from pipeline.recipe import Recipe
 from pipeline.records import Kept
 from pipeline.rundir import RunDir, replacing_folder
@@ -110,10 +110,8 @@ def load_tokenizer(student: str) -> Any:
 
 def read_tokenizer(student: str) -> Any:
     """A tokenizer, with a chat template or without. Raises RecipeError if it cannot be loaded."""
-    from transformers import AutoTokenizer
-
     with explained(f"student: cannot load the tokenizer of {student}"):
-        return AutoTokenizer.from_pretrained(student)
+        return tokenizer_from(student)
 
 
 def layers_kept(total: int, k: int) -> list[int]:
@@ -153,11 +151,11 @@ def teacher_to_prune(k: int, teacher: str) -> Iterator[None]:
 
 def _pruned(teacher: str, k: int) -> tuple[Any, Any, dict[str, Any]]:
     """The teacher with k of its layers."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     source = resolve_model(teacher)
     with teacher_to_prune(k, teacher):
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = tokenizer_from(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     layers = getattr(model.base_model, "layers", None)
     total = model.config.num_hidden_layers

@@ -13,7 +13,7 @@ import yaml
 
 from pipeline.adapters import count_parameters
 from pipeline.errors import RecipeError
-from pipeline.models import explained, local_folder, resolve_model
+from pipeline.models import explained, local_folder, resolve_model, tokenizer_from
 from train.student import load_tokenizer
 
 SMALL_FILES = ["*config.json", "chat_template*", "README.md", "vocab.json", "merges.txt", "tokenizer*", "*tokens*.json"]
@@ -59,11 +59,9 @@ def check_same_tokens(reference: str, student: Any, texts: Iterable[str] = ()) -
 
     `student`: the student's tokenizer. As followed_files, too.
     """
-    from transformers import AutoTokenizer
-
     known = followed_files(reference)
     with explained(f"teacher.model: cannot load {reference} ({FIX})"):
-        difference = differing_tokens(AutoTokenizer.from_pretrained(known), student, texts)
+        difference = differing_tokens(tokenizer_from(known), student, texts)
     if difference:
         raise RecipeError(
             f"soft distillation needs one tokenizer, and {reference} {difference}; {FIX}, or, with the teacher beside "

@@ -8,6 +8,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from evaluate.models import Subject, load
 from pipeline.adapters import load_merged
 from pipeline.errors import RecipeError
 from pipeline.students import after_training, before_training
@@ -98,3 +99,15 @@ def test_adapters_leave_out_what_mamba_layers_read_past_them(tmp_path: Path) -> 
     assert losses(run)[-1] < losses(run)[0]
     adapted = {name.split(".")[-3] for name in load_file(run.student / "adapter_model.safetensors")}
     assert adapted >= {"in_proj", "q_proj", "down_proj"} and "out_proj" not in adapted
+
+
+def test_a_mistral_with_two_tokenizers_has_the_one_with_a_chat_template(tmp_path: Path) -> None:
+    shape = {**SHAPE, "vocab_size": len(tiny_tokenizer())}
+    student = saved(transformers.MistralConfig(**shape), tmp_path / "student")
+    (student / "tekken.json").write_text(
+        "{}"
+    )  # Mistral's own, which transformers reads where mistral-common is installed
+    run, recipe = make_run(tmp_path / "run", story_rows(10)), make_recipe(str(student))
+    train_run(recipe, run)
+    before = Subject("student_before", "before", "", student)
+    assert load(before, dtype="float32", device="cpu")[1].chat_template == tiny_tokenizer().chat_template
