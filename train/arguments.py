@@ -26,7 +26,7 @@ def lora_config(config: TrainConfig, model: Any) -> LoraConfig:
     """
     size = {"r": config.lora_rank, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
     kind = {"use_rslora": config.rslora, "use_dora": config.dora}
-    left_out = ["out_proj"] if model.config.model_type in MAMBA else None
+    left_out = ["out_proj"] if model.config.model_type in MAMBA else freeze_images(model) or None
     adapter = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", exclude_modules=left_out, **size, **kind)
     convert_peft_config_for_transformers(adapter, model, None)  # names the experts, as PEFT does when it adds adapters
     if adapter.target_parameters:
@@ -36,6 +36,22 @@ def lora_config(config: TrainConfig, model: Any) -> LoraConfig:
             )
         adapter.lora_dropout = 0
     return adapter
+
+
+def freeze_images(model: Any) -> list[str]:
+    """Leaves out of the training what a model of text and images has beside its language model.
+
+    No loss reaches it, and several processes would wait for its gradients. Returns the names of its layers.
+    """
+    if model.config.get_text_config() is model.config:
+        return []
+    text = [part for part in (model.get_decoder(), model.get_output_embeddings()) if part is not None]
+    weights = {id(weight) for part in text for weight in part.parameters()}
+    for weight in model.parameters():
+        if id(weight) not in weights:
+            weight.requires_grad_(False)
+    layers = {id(layer) for part in text for layer in part.modules()}
+    return [name for name, layer in model.named_modules() if id(layer) not in layers and not [*layer.children()]]
 
 
 def training_arguments(config: TrainConfig, folder: Path, *, checkpointing: bool) -> dict[str, Any]:

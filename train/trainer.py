@@ -28,7 +28,7 @@ from pipeline.errors import DistillError, RecipeError, UsageError
 from pipeline.loaded_model import context_of, stop_tokens
 from pipeline.models import explained
 from pipeline.train_config import TrainConfig
-from train.arguments import lora_config, training_arguments
+from train.arguments import freeze_images, lora_config, training_arguments
 from train.lazy import Lazy, stored_rows
 from train.machine import (
     GPU_WIDTH,
@@ -315,6 +315,7 @@ def _load(student: str, config: TrainConfig) -> tuple[Any, Any, torch.dtype]:
         model = AutoModelForCausalLM.from_pretrained(student, dtype=dtype, **quantised, **attention)
     if quantised:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    freeze_images(model)
     return model, tokenizer, stored
 
 

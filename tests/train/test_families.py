@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from rich.console import Console
 from safetensors.torch import load_file
 
 from evaluate.models import Subject, load
@@ -13,7 +14,12 @@ from pipeline.adapters import load_merged
 from pipeline.errors import RecipeError
 from pipeline.students import after_training, before_training
 from tests.tiny_student import END, START, losses, make_recipe, make_run, story_rows, tiny_model, tiny_tokenizer
+from train.rows import to_examples
 from train.run import train_run
+from train.setting import Setting
+from train.trainer import prepare
+
+QUIET = Console(quiet=True)
 
 SHAPE = {
     "hidden_size": 64,
@@ -111,3 +117,13 @@ def test_a_mistral_with_two_tokenizers_has_the_one_with_a_chat_template(tmp_path
     train_run(recipe, run)
     before = Subject("student_before", "before", "", student)
     assert load(before, dtype="float32", device="cpu")[1].chat_template == tiny_tokenizer().chat_template
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_what_reads_images_is_not_trained(tmp_path: Path, method: str) -> None:
+    """With several processes DDP would wait for gradients that never come."""
+    rows = {part: to_examples(story_rows(4)) for part in ("train", "validation")}
+    config = make_recipe("x", method=method).train
+    model = prepare(str(saved(gemma3(), tmp_path / "student")), rows, Setting(config, tmp_path, QUIET)).trainer.model
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert trained and all(".language_model." in name for name in trained)
