@@ -162,6 +162,9 @@ def test_hours_and_minutes_are_not_one_number() -> None:
         ("\\boxed{(100,200)}", "(100, 200)", "100200"),
         ("\\boxed{\\{100,200\\}}", "\\{200, 100\\}", "100200"),
         ("\\boxed{(5, 100,200)}", "(5, 100, 200)", "100200"),
+        ("\\boxed{(1.375,2)}", "(1.375, 2)", "1375.2"),
+        ("\\boxed{[-1.375,2]}", "[-1.375, 2]", "[-1375.2]"),
+        ("\\boxed{\\{1.375,2\\}}", "\\{2, 1.375\\}", "1375.2"),
     ],
 )
 def test_a_comma_between_groups_of_digits_parts_no_values(text: str, right: str, wrong: str) -> None:
