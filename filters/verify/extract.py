@@ -37,6 +37,7 @@ _PLAIN = _DIGITS | str.maketrans("−–－٫٬", "---.,", INVISIBLE)  # Arabic 
 # between groups of digits: spaces that do not break, what the Swiss write, and 14,\!400
 _THIN_SPACE = re.compile(r"(?:(?<=\d)(?:\\[,:;! ]|[~\u00a0\u2009\u202f'’])|(?<=\d,)\\!)(?=\d{3}(?!\d))")
 _SPACED = re.compile(r"\D*[1-9]\d{0,2}(?: \d{3})+(?:[.,]\d+)?\D*")  # 12 500 рублей: the only number of a text
+_POINTS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:\.\d{3})+(?!\d)")  # 12.500; none in 0.125 and 1234.567
 _SHOWN = 100  # characters of an answer that a reason quotes
 
 
@@ -122,7 +123,8 @@ def with_decimal_point(value: Any) -> Any:
     """A text in which a comma is the decimal sign as English writes its numbers; anything else as it is."""
     if not isinstance(value, str):
         return value
-    return re.sub(r"(?<=\d)(?:,|\{,\})(?=\d)", ".", re.sub(r"(?<=\d)\.(?=\d{3}(?!\d))", "", value))
+    whole = _POINTS.sub(lambda match: match[0].replace(".", ""), value)
+    return re.sub(r"(?<=\d)(?:,|\{,\})(?=\d)", ".", whole)
 
 
 def last_number(text: str) -> float | None:
