@@ -203,7 +203,7 @@ class Loop:
             step=endpoint.step(attempt.sent),
             all_down_s=self._fleet.all_down_s(now),
             others_up=self._fleet.others_up(endpoint),
-            refused_alike=self._refused_alike(fault),
+            refused_alike=self._refused_alike(job, fault),
             quiet_s=now - self._answered_at,
             limited_s=now - next(iter(self._limited.values()), now),
             limited=len(self._limited),
@@ -269,7 +269,7 @@ class Loop:
             endpoint.answered(answer, attempt.job.choices, attempt.sent, now)
         return [answer.usage for _, answer in answers]
 
-    def _refused_alike(self, fault: Fault) -> int:
+    def _refused_alike(self, job: Job, fault: Fault) -> int:
         """How many requests in a row were refused as this one was, this one included; 0: it is this prompt's fault."""
         if not self._only_refused and fault.error != REFUSED_LATER:
             return 0
@@ -277,7 +277,11 @@ class Loop:
         if fault.error == "thought_cut_off" and (self._run.completions.found.ids or self._run.dir.internal):
             return 0
         first = self._held_back[0][0] if self._held_back else fault
-        return len(self._held_back) + 1 if (first.error, first.status) == (fault.error, fault.status) else 0
+        if (first.error, first.status) != (fault.error, fault.status):
+            return 0
+        if fault.error == "thought_cut_off":  # the samples of one prompt that is too hard are one
+            return len({held[0].prompt_id for held in self._held_back} | {job.request.prompt_id})
+        return len(self._held_back) + 1
 
     def _release(self) -> None:
         """There was something other than one kind of refusal: the refused requests were at fault themselves."""

@@ -218,3 +218,19 @@ def test_a_failure_has_the_sampling_that_was_sent_with_it(run: RunDir) -> None:
     (failure,) = failures(run)
     (body,) = (asked.body for asked in server.asked if asked.text == "say 0")
     assert ("seed" in failure.sampling) == ("seed" in body)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_thoughts_about_one_prompt_that_is_too_hard_end_no_run(run: RunDir, share: bool) -> None:
+    """Its samples, alone or as the choices of one reply, are no sign that the others need more room, too."""
+
+    def script(asked: Asked) -> Behaviour:
+        if asked.text != server.asked[0].text:
+            return answer(n=asked.body.get("n", 1))
+        return choices(*[choice("", "length", reasoning="Let me think")] * asked.body.get("n", 1))
+
+    prompts = {"count": 2, "samples": 25, "template": "say {n}", "slots": {"n": ["0", "1"]}}
+    with misbehaving(script) as server:
+        recipe = recipe_for(server, prompts=prompts, generate={"concurrency": 1, "share_prompt": share})
+        summary = generate(recipe, run, quiet=True)
+    assert (summary.completed, summary.failed) == (25, 25)
