@@ -48,8 +48,9 @@ _ANSWER = (  # the word `answer`
     "answer|(?<!\\w)정?답은?|答案|答え|答(?=[:：])|antwort|réponse|respuesta|resposta|risposta|ответ|cevap"
     "|đáp án|đáp số|الجواب|الإجابة|התשובה|उत्तर|คำตอบ"
 )
+_IS = "is|ist|lautet|est|es|é|è|là|هو|هي|הוא|היא|是|为|は|คือ|[—-](?= )"  # the dash: in Russian
 _STATED = re.compile(  # a value right after the last word `answer` that ends its sentence or line
-    rf"(?>.*(?:{_ANSWER}))(?: ?(?:is|ist|est|es|é|è|là|هو|هي|是|为|は|คือ))?\s?[:：=]?\s*"
+    rf"(?>.*(?:{_ANSWER}))(?: finale?)?(?: ?(?:{_IS}))?\s?[:：=]?\s*"
     r"(?:\$.+?\$|\\\(.+?\\\)|\\\[.+?\\\]|-?\\?\$?[\d.,/]*\d) ?[^\s\d.。।]*(?:[.।]\s|。|\n)",
     re.IGNORECASE | re.DOTALL,
 )
