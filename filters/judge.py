@@ -38,8 +38,8 @@ from pipeline.teacher_config import TeacherConfig
 Verdict = TypeVar("Verdict")
 
 TEMPLATE = 1  # of the question below: another one is another version
-WRITTEN = re.compile(  # 4, "4", 4.0, "4/5", "4점", "4分", "4 из 5", "4 điểm"
-    rf"([{SCORES[0]}-{SCORES[-1]}])(?:[.,]0)?(?: ?(?:/|of|von|de|sur|su|из) ?{SCORES[-1]})?(?: ?[^\W\d_]+)?"
+WRITTEN = re.compile(  # 4, "4", 4.0, "4/5", "4 out of 5", "4점", "4分", "4 из 5", "4 điểm"
+    rf"([{SCORES[0]}-{SCORES[-1]}])(?:[.,]0)?(?: ?(?:/|(?:out )?of|von|de|sur|su|из) ?{SCORES[-1]})?(?: ?[^\W\d_]+)?"
 )
 _decoder = json.JSONDecoder()
 

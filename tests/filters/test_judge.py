@@ -68,6 +68,7 @@ def run(tmp_path: Path) -> RunDir:
         ('{"fluency": "4分", "fit": "4点", "score": "4/5分"}', {"fluency": 4, "fit": 4, "score": 4}),
         ('{"fluency": "4 из 5", "fit": "3 балла", "score": "4,0"}', {"fluency": 4, "fit": 3, "score": 4}),
         ('{"fluency": "٤", "fit": "५", "score": "4 điểm"}', {"fluency": 4, "fit": 5, "score": 4}),
+        ('{"fluency": "4 out of 5", "fit": "3 of 5", "score": 4}', {"fluency": 4, "fit": 3, "score": 4}),
         ('{"fluency": "2 out of 10", "fit": 1, "score": 2}', None),
         ('{"fluency": "4 or 5 points", "fit": 1, "score": 2}', None),
         ('{"fluency": "5점", "fit": 1, "score": "8점"}', None),
