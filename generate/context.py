@@ -92,6 +92,11 @@ class Run:
     partition: Partition = WHOLE
 
     @property
+    def had_answers(self) -> bool:
+        """Whether the run had any before this call."""
+        return bool(self.completions.found.ids)
+
+    @property
     def journals(self) -> Iterator[Journal]:
         """In the order in which they are to reach the disk: no answer before its logprobs."""
         return filter(None, (self.logprobs, self.completions, self.failures))

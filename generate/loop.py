@@ -274,7 +274,7 @@ class Loop:
         if not self._only_refused and fault.error != REFUSED_LATER:
             return 0
         # Where some thoughts had room, others may need more. A stage that measures its models wants their silence, too.
-        if fault.error == "thought_cut_off" and (self._run.completions.found.ids or self._run.dir.internal):
+        if fault.error == "thought_cut_off" and (self._run.had_answers or self._run.dir.internal):
             return 0
         first = self._held_back[0][0] if self._held_back else fault
         if (first.error, first.status) != (fault.error, fault.status):
@@ -298,7 +298,7 @@ class Loop:
 
     def _all_sent(self) -> Outcome:
         """The end of a run that has sent everything; with nothing but 403 in answer, ever, it is not finished."""
-        never_answered = self._only_refused and not self._run.completions.found.ids
+        never_answered = self._only_refused and not self._run.had_answers
         if self._held_back and never_answered and (first := self._held_back[0][0]).error == "forbidden":
             return AllRefused(refused_by_all(first, first.endpoint, len(self._held_back)))
         self._release()

@@ -206,7 +206,9 @@ class Driver:
             name = f"{node.address.replace(':', '.')}-{uuid4().hex[:8]}"
             own = self._leases.deal(weights, len(nodes) - index)
             at, variables = {url: weights[url] for url in own}, variables_of(self._run.recipe.teacher)
-            actor = self._cluster.start(node, name, self._run.recipe, at, self._store.url, variables, self._lease_s)
+            answers = self._run.had_answers or self._run.counters.answered > 0
+            recipe, url = self._run.recipe, self._store.url
+            actor = self._cluster.start(node, name, recipe, at, url, variables, self._lease_s, answers)
             self._leases.join(name, own, now + START_S)
             self._table.joined(name, node.address, own)
             self._workers[name] = _Followed(node, actor, asyncio.create_task(self._follow(name)))

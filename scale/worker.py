@@ -70,6 +70,11 @@ class WorkerRun(Run):
     """A run on a worker's own disk, which says what is finished."""
 
     finished: Callable[[str], object]
+    others_had: bool  # the worker's own journals are new
+
+    @property
+    def had_answers(self) -> bool:
+        return self.others_had
 
     def record_answers(self, *answers: tuple[Completion, Any]) -> None:
         super().record_answers(*answers)
@@ -93,10 +98,14 @@ class Worker:
         store: str,
         environment: dict[str, str],
         lease_s: float,
+        had_answers: bool = False,
     ) -> None:
-        """`weights`: the URLs to ask at first. `environment`: variables of the driver's, such as the key."""
+        """`weights`: the URLs to ask at first. `environment`: variables of the driver's, such as the key.
+
+        `had_answers`: whether the run has any, of earlier calls or other workers.
+        """
         os.environ.update(environment)
-        self._name, self._store_url, self._lease_s = name, store, lease_s
+        self._name, self._store_url, self._lease_s, self._had_answers = name, store, lease_s, had_answers
         self._recipe = recipe.model_copy(update={"teacher": recipe.teacher.only_at(weights)})
         self._feed, self._counters = Feed(), Counters()
         self._unfinished: dict[str, Spend] = {}  # what one attempt of each request can cost
@@ -189,6 +198,7 @@ class Worker:
                 say=self._said.append,
                 show=lambda: None,
                 finished=lambda id_: self._unfinished.pop(id_, None),
+                others_had=self._had_answers,
             )
             self._budget.limit_to(Spend())
             uploaders = [

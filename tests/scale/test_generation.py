@@ -26,6 +26,8 @@ from tests.servers.misbehaving_server import (
     Asked,
     Behaviour,
     answer,
+    choice,
+    choices,
     completions,
     error,
     failures,
@@ -37,6 +39,7 @@ from tests.servers.object_storage import object_storage
 
 pytestmark = pytest.mark.timeout(400)  # they start nodes and commands, which takes long on a busy machine
 
+CUT_THOUGHT = choices(choice("", "length", reasoning="Let me think"))
 LEASE_S = 60.0  # a busy machine must not lose a worker that is well
 
 
@@ -393,3 +396,14 @@ async def test_the_error_that_ends_the_run_is_the_last_one(run: RunDir, monkeypa
 async def test_requests_that_are_all_refused_fail_or_end_it_as_on_one_machine(run: RunDir) -> None:
     with misbehaving(lambda asked: error(403, "not you")) as server, pytest.raises(DistillError, match="not you"):
         await drive(recipe_for(server, 3), run, FakeCluster(1))
+
+
+@pytest.mark.parametrize(("bad", "count"), [(CUT_THOUGHT, 40), (error(403, "flagged"), 10)])
+async def test_prompts_that_fail_alike_are_their_own_failures_where_the_run_has_answers(
+    run: RunDir, bad: Behaviour, count: int
+) -> None:
+    """A worker has none itself: they are of an earlier call."""
+    with misbehaving(lambda asked: answer() if asked.text == "say 3" else bad) as server:
+        await drive(recipe_for(server, 4), run, FakeCluster(1))
+        summary = await drive(recipe_for(server, count), run, FakeCluster(1))
+    assert (summary.resumed, summary.failed) == (1, count - 1)
