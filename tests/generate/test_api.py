@@ -150,4 +150,4 @@ def test_a_folder_that_cannot_be_written_is_an_oserror_as_the_docs_say(tmp_path:
     with misbehaving() as server, pytest.raises(NotADirectoryError):
         generate(Recipe(**data(server)), tmp_path / "file" / "run", quiet=True)
     said = (Path(__file__).parents[2] / "docs" / "generation.md").read_text(encoding="utf-8").split()
-    assert "`OSError` where a file or folder cannot be written" in " ".join(said)
+    assert "| a file or folder that cannot be written, as on a full disk | raises `OSError` |" in " ".join(said)
