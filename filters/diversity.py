@@ -12,14 +12,13 @@ import msgspec
 import numpy as np
 
 from filters.minhash import Array, band_keys, fold, jaccard, ngrams, shape_for, signatures
-from filters.scripts import UNSPACED, character_class
+from filters.scripts import UNSPACED
 from pipeline.filters_config import DedupConfig
 
 NGRAM = DedupConfig().ngram  # characters, as the filters compare answers unless a recipe says otherwise
 COMPARED = 500  # texts, at most, that the figures are taken of: they depend on how many there are
 WORDS = 3  # of an n-gram whose share is told
-_UNSPACED = character_class(*UNSPACED)
-_WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")  # of a folded text; where nothing parts words, a character
+_WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")  # of a folded text; where nothing parts words, a character
 
 
 class Distinct:

@@ -48,7 +48,6 @@ SCRIPTS: dict[str, Ranges] = {
     "myanmar": ((0x1000, 0x103F), (0x1050, 0x108F), (0x109A, 0x109D), (0xA9E0, 0xA9EF), (0xAA60, 0xAA7F)),
 }
 SENTENCE_MARKS = ".!?…。！？｡؟۔।॥။។៕።፧།༎։"  # Thai and Lao have none
-UNSPACED = ("han", "kana", "thai", "lao", "khmer", "myanmar")  # written without spaces between words
 
 _STARTS = {  # first code point of each range, and how far the last is from it
     script: [(np.uint32(first), np.uint32(last - first)) for first, last in ranges]
@@ -60,6 +59,9 @@ def character_class(*scripts: str) -> str:
     """The inside of a regex's [] for the scripts named."""
     ranges = [pair for script in scripts for pair in SCRIPTS[script]]
     return "".join(f"{re.escape(chr(first))}-{re.escape(chr(last))}" for first, last in ranges)
+
+
+UNSPACED = character_class("han", "kana", "thai", "lao", "khmer", "myanmar")  # written without spaces between words
 
 
 def count_script(text: str, script: str) -> int:

@@ -8,7 +8,7 @@ import re
 import unicodedata
 from functools import lru_cache
 
-from filters.scripts import UNSPACED, character_class
+from filters.scripts import UNSPACED
 
 # What may follow a Korean noun and leave it that noun, up to three in a row: 할머니-께서-는, 비-까지-도, 친구-들-에게.
 _PARTICLES = """
@@ -21,9 +21,8 @@ _COPULA_AFTER_VOWEL = f"{_COPULA}|였|예|라고|라는|라면|란"  # not after
 _NEVER_AFTER_CONSONANT = "(?!라도|랑|나|여)"  # 달라도 and 달랑 are other words; with 달 it is 달이라도, 달이랑
 _SEVERAL = f"(?:{'|'.join(sorted(_PARTICLES.split(), key=len, reverse=True))}){{0,3}}"
 _AFTER_ENGLISH = "(?:s|es|'s|’s|s'|s’|ed|d|ing|y)?"
-_WITHOUT_SPACES = character_class(*UNSPACED)
-_UNSPACED = re.compile(f"[{_WITHOUT_SPACES}]")
-_SPACED = rf"[^\W{_WITHOUT_SPACES}]"  # a letter or digit that a word may go on with: not の after iPhone
+_UNSPACED = re.compile(f"[{UNSPACED}]")
+_SPACED = rf"[^\W{UNSPACED}]"  # a letter or digit that a word may go on with: not の after iPhone
 # Vowel signs of India's scripts, Devanagari to Sinhala: राम is no word of its own in रामायण.
 _SIGNS = "".join(chr(code) for code in range(0x900, 0xE00) if unicodedata.category(chr(code)) in ("Mn", "Mc"))
 _HANGUL = re.compile("[가-힣]")

@@ -30,7 +30,7 @@ from filters.repetition import RepetitionSettings, repetition
 from filters.rules import AdherenceSettings, adherence
 from filters.ruleset import RuleSet
 from filters.run import recipe_rules
-from filters.scripts import UNSPACED, character_class
+from filters.scripts import UNSPACED
 from pipeline.prompts_config import PromptsConfig
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, Prompt
@@ -43,10 +43,9 @@ FEW = f"fewer than {PROMPTS_TO_DIFFER} prompts (or groups of them)"
 
 SHARES = ("passing", "adherence", "loops", "stopped")  # of an answer each is true or false
 
-_UNSPACED = character_class(*UNSPACED)
 _MARKS = "".join(char for char in map(chr, range(0x300, 0x10000)) if unicodedata.category(char) in ("Mn", "Mc"))
-_LETTERS = rf"(?:(?![{_UNSPACED}])[^\W_][{_MARKS}\u200c\u200d]*)+"  # joiners stand within words of Persian and Sinhala
-_WORD = re.compile(rf"[{_UNSPACED}]|{_LETTERS}(?:['’]{_LETTERS})*")
+_LETTERS = rf"(?:(?![{UNSPACED}])[^\W_][{_MARKS}\u200c\u200d]*)+"  # joiners stand within words of Persian and Sinhala
+_WORD = re.compile(rf"[{UNSPACED}]|{_LETTERS}(?:['’]{_LETTERS})*")
 
 
 def common_rows(scored: Mapping[str, PerplexityResult]) -> dict[str, list[RowScore]]:
