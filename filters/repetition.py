@@ -71,9 +71,8 @@ def _repeated_ngrams(text: str, settings: RepetitionSettings) -> Reason | None:
         again = _same(keys)
         if not again:
             break  # if no n-gram comes twice, no longer one does
-        if n in top_ngrams and (reason := _top_ngram(again, n, top_ngrams[n], units, lengths)):
-            said = reason.found if per_word == 1 else reason.found.replace(" ", "")
-            return replace(reason, n=n // per_word, found=said)
+        if n in top_ngrams and (reason := _top_ngram(again, n, top_ngrams[n], units, per_word)):
+            return reason
         limit = duplicate_ngrams.get(n)
         if limit is not None and (share := _chars_again(again, n, lengths) / sum(lengths)) > limit:
             return Reason(rule="repetition", what="duplicate_ngrams", n=n // per_word, value=share, at_most=limit)
@@ -82,17 +81,20 @@ def _repeated_ngrams(text: str, settings: RepetitionSettings) -> Reason | None:
     return None
 
 
-def _top_ngram(again: dict[int, int], n: int, limit: float, units: list[str], lengths: list[int]) -> Reason | None:
+def _top_ngram(again: dict[int, int], n: int, limit: float, units: list[str], per_word: int) -> Reason | None:
+    """`per_word`: how many units count as a word."""
     counts = Counter(again.values())
     count = max(counts.values())
     if count < TOP_COUNT:
         return None
+    lengths = list(map(len, units))
     chars, top = max((sum(lengths[first : first + n]), first) for first in counts if counts[first] == count)
     share = min(1.0, chars * count / sum(lengths))
     if share <= limit:
         return None
-    said = " ".join(units[top : top + n])
-    return Reason(rule="repetition", what="top_ngrams", n=n, found=said, count=count, value=share, at_most=limit)
+    said = (" " if per_word == 1 else "").join(units[top : top + n])
+    words = n // per_word
+    return Reason(rule="repetition", what="top_ngrams", n=words, found=said, count=count, value=share, at_most=limit)
 
 
 def _same(keys: Iterable[tuple[int, Hashable]]) -> dict[int, int]:
