@@ -51,10 +51,8 @@ def reasoning_form(config: TrainConfig, tokenizer: Any) -> Reasoning | None:
     """
     if config.reasoning == "strip":
         return None
-    forms: tuple[Reasoning, ...] = ("reasoning_content", "content")
-    for form in forms:
-        if "thought" in tokenizer.apply_chat_template(
-            [{"role": "user", "content": "question"}, MADE_UP[form]], tokenize=False
-        ):
+    for form, answer in MADE_UP.items():
+        turns = [{"role": "user", "content": "question"}, answer]
+        if "thought" in tokenizer.apply_chat_template(turns, tokenize=False):
             return form
     return None
