@@ -10,14 +10,13 @@ from typing import Any
 
 import math_verify
 import sympy
-from math_verify import ExprExtractionConfig, LatexExtractionConfig
+from math_verify import LatexExtractionConfig
 from math_verify.grader import get_pct_val, is_equation, take_last_relation
 
 from filters.verify.notation import value_alone, value_within
 from filters.verify.quantities import without_words
 
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns that its own time limit is off
-_LATEX_OR_PLAIN = LatexExtractionConfig(), ExprExtractionConfig()
 
 
 def compare(exact: str | None, text: str, reference: str) -> dict[str, Any]:
@@ -52,12 +51,12 @@ def _read_alone(text: str) -> list[Any]:
     """A value in LaTeX is read whole, or not at all: any one number of it is another value."""
     value = value_alone(text)
     if "\\" in value:
-        return _read(f"${value}$".replace("\n", " "), LatexExtractionConfig())
+        return _read(f"${value}$".replace("\n", " "), extraction_config=[LatexExtractionConfig()])
     return _read(f"${value}$")
 
 
-def _read(text: str, *ways: LatexExtractionConfig | ExprExtractionConfig) -> list[Any]:
-    return list(math_verify.parse(text, ways or _LATEX_OR_PLAIN, parsing_timeout=None))
+def _read(text: str, **how: Any) -> list[Any]:
+    return list(math_verify.parse(text, parsing_timeout=None, **how))
 
 
 def _same_percentage(gold: Any, found: Any) -> bool:
