@@ -28,8 +28,7 @@ from pipeline.records import Reason, folded
 _MARKS = {"Po", "Ps", "Pe", "Pi", "Pf"}
 _PUNCTUATION = [char for char in map(chr, range(0x80, 0x10000)) if unicodedata.category(char) in _MARKS]
 _AROUND = " \t\n\"'`*_.,;:!()[]" + "".join(_PUNCTUATION) + INVISIBLE
-
-DOTTED = "i\u0307"  # what Python makes of Turkish İ without case: its small letter is a plain i
+_DOTTED_I = "i\u0307"  # what Python makes of Turkish İ without case: its small letter is a plain i
 
 
 class MatchesSettings(PatternSettings, ReferenceSettings):
@@ -44,7 +43,7 @@ class MatchesSettings(PatternSettings, ReferenceSettings):
 
     def normalised(self, text: str) -> str:
         text = nfc(text)
-        text = text.casefold().replace(DOTTED, "i") if self.ignore_case else text
+        text = text.casefold().replace(_DOTTED_I, "i") if self.ignore_case else text
         return " ".join(text.split()) if self.ignore_space else text
 
 
@@ -138,14 +137,15 @@ def choice(answer: Answer, settings: ChoiceSettings) -> Verified:
 
 
 def _folded(text: str) -> str:
-    return folded(text).replace(DOTTED, "i")
+    return folded(text).replace(_DOTTED_I, "i")
 
 
 def _out_of_box(text: str) -> str:
     r"""What `\(\boxed{C}\).` holds; any other text as it stands."""
     box = boxed(text)
-    alone = box is not None and not text.replace(f"\\boxed{{{box}}}", "").strip(_AROUND + "$\\")
-    return box if box is not None and alone else text
+    if box is None or text.replace(f"\\boxed{{{box}}}", "").strip(_AROUND + "$\\"):
+        return text
+    return box
 
 
 def _label(text: str, labels: list[str]) -> str:
