@@ -84,17 +84,13 @@ class Run:
     completions: Journal
     failures: Journal
     logprobs: Journal | None  # None: the recipe wants none
+    had_answers: bool  # before this call
     left: Left
     budget: Budget
     counters: Counters
     say: Callable[[str], None]  # a message to the user
     show: Callable[[], None]  # shows the counters; called a few times per second
     partition: Partition = WHOLE
-
-    @property
-    def had_answers(self) -> bool:
-        """Whether the run had any before this call."""
-        return bool(self.completions.found.ids)
 
     @property
     def journals(self) -> Iterator[Journal]:
@@ -200,6 +196,7 @@ def opened_run(
             completions=completions,
             failures=failures,
             logprobs=logprobs,
+            had_answers=bool(completions.found.ids),
             left=Left(completions.found.ids, failures.found.ids, retry_failures=retry_failures),
             budget=Budget.open(recipe, folder, completions.found, partition),
             counters=counters,

@@ -273,15 +273,16 @@ class Loop:
         """How many requests in a row were refused as this one was, this one included; 0: it is this prompt's fault."""
         if not self._only_refused and fault.error != REFUSED_LATER:
             return 0
-        # Where some thoughts had room, others may need more. A stage that measures its models wants their silence, too.
-        if fault.error == "thought_cut_off" and (self._run.had_answers or self._run.dir.internal):
-            return 0
         first = self._held_back[0][0] if self._held_back else fault
         if (first.error, first.status) != (fault.error, fault.status):
             return 0
-        if fault.error == "thought_cut_off":  # the samples of one prompt that is too hard are one
-            return len({held[0].prompt_id for held in self._held_back} | {job.request.prompt_id})
-        return len(self._held_back) + 1
+        if fault.error != "thought_cut_off":
+            return len(self._held_back) + 1
+        # Where some thoughts had room, others may need more. A stage that measures its models wants their silence, too.
+        if self._run.had_answers or self._run.dir.internal:
+            return 0
+        # The samples of one prompt that is too hard are one.
+        return len({held[0].prompt_id for held in self._held_back} | {job.request.prompt_id})
 
     def _release(self) -> None:
         """There was something other than one kind of refusal: the refused requests were at fault themselves."""

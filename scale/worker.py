@@ -70,11 +70,6 @@ class WorkerRun(Run):
     """A run on a worker's own disk, which says what is finished."""
 
     finished: Callable[[str], object]
-    others_had: bool  # the worker's own journals are new
-
-    @property
-    def had_answers(self) -> bool:
-        return self.others_had
 
     def record_answers(self, *answers: tuple[Completion, Any]) -> None:
         super().record_answers(*answers)
@@ -192,13 +187,13 @@ class Worker:
                 completions=completions,
                 failures=failures,
                 logprobs=None,
+                had_answers=self._had_answers,  # of the run: the worker's own journals are new
                 left=Left(IdSet(), IdSet(), retry_failures=False),
                 budget=self._budget,
                 counters=self._counters,
                 say=self._said.append,
                 show=lambda: None,
                 finished=lambda id_: self._unfinished.pop(id_, None),
-                others_had=self._had_answers,
             )
             self._budget.limit_to(Spend())
             uploaders = [
