@@ -127,7 +127,7 @@ def check_teachers(recipe: Recipe, run: RunDir, *, asks: bool) -> None:
         check = teacher_check(teacher, taught)
     else:
         return
-    if check.status == "fail" or (check.status == "warn" and check.name not in recipe.train.accept):
+    if check.stops(recipe.train.accept):
         accept = f", or, if you may learn from it as it is: train.accept: [{check.name}]" * (check.status == "warn")
         raise UsageError(f"check {check.name}: {check.finding}; {check.fix}{accept}; nothing was asked")
 

@@ -7,6 +7,7 @@
     unknown   cannot be known at this stage
 """
 
+from collections.abc import Collection
 from typing import Literal
 
 import msgspec
@@ -24,6 +25,10 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
     wanted: str = ""  # what a good run has; empty if the name says it
     value: float | None = None  # the number that was compared, if any
     fix: str = ""  # what to do about it; empty for a pass
+
+    def stops(self, accepted: Collection[str]) -> bool:
+        """Whether it stops a training; `accepted`: the names in `train.accept`."""
+        return self.status == "fail" or (self.status == "warn" and self.name not in accepted)
 
 
 class Checklist(msgspec.Struct, frozen=True, kw_only=True):

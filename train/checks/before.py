@@ -85,17 +85,19 @@ def check_student(recipe: Recipe) -> None:
     elif student.new:
         read_tokenizer(resolved)
     else:
-        tokenizer = load_tokenizer(resolved) if student.chat_template is None else read_tokenizer(resolved)
-        if student.chat_template is not None:
+        if student.chat_template is None:
+            tokenizer = load_tokenizer(resolved)
+        else:
+            tokenizer = read_tokenizer(resolved)
             apply_template(tokenizer, student.chat_template)
         if recipe.train.loss_on == "all":
             from train.trainer import check_marks  # here: trainers are slow to import
 
             check_marks(tokenizer)
-        check_template(recipe, tokenizer, check_loadable(source, resolved))
+        check_template(recipe, tokenizer, stop_tokens(tokenizer, read_student(source, resolved)))
 
 
-def check_loadable(reference: str, resolved: str) -> Any:
+def read_student(reference: str, resolved: str) -> Any:
     """The student without its weights. Raises RecipeError if it is of no kind that is trained here."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -109,25 +111,24 @@ def check_loadable(reference: str, resolved: str) -> Any:
     return model
 
 
-def check_template(recipe: Recipe, tokenizer: Any, model: Any) -> None:
+def check_template(recipe: Recipe, tokenizer: Any, stops: set[int]) -> None:
     """Raises UsageError if the student's template cannot have what its rows will have, or would teach something else.
 
     That is prompts with their system messages and tools, thoughts to learn, an answer that ends, and a prompt that is
-    the same before and after it is answered. `model`: the student without its weights.
+    the same before and after it is answered. `stops`: the ids that end an answer.
     """
     first = islice(iter_prompts(recipe), PROBED)
     prompts = [replace(prompt, messages=asked_of_student(prompt.messages, recipe.student)) for prompt in first]
     checks = [tools_check(tokenizer, ())] if any(prompt.tools for prompt in iter_prompts(recipe)) else []
     checks += [thoughts_check(tokenizer, recipe.train)] if recipe.train.reasoning == "keep" else []
     checks += [template_check(tokenizer, None, prompts)]
-    for check in chain(checks, answer_checks(recipe, tokenizer, model, prompts)):
-        accepted = check.status != "fail" and check.name in recipe.train.accept
-        if check.status in ("warn", "fail") and not accepted:
+    for check in chain(checks, answer_checks(recipe, tokenizer, stops, prompts)):
+        if check.stops(recipe.train.accept):
             accept = f", or train.accept: [{check.name}]" * (check.status == "warn")
             raise UsageError(f"check {check.name}: {check.finding}; {check.fix}{accept}; nothing was asked")
 
 
-def answer_checks(recipe: Recipe, tokenizer: Any, model: Any, prompts: Sequence[Prompt]) -> Iterator[Check]:
+def answer_checks(recipe: Recipe, tokenizer: Any, stops: set[int], prompts: Sequence[Prompt]) -> Iterator[Check]:
     """What these prompts show with a made-up answer; all rows are looked at before the first step.
 
     With `loss_on: all` rows may be made by a template of TRL's, and these are not.
@@ -142,7 +143,6 @@ def answer_checks(recipe: Recipe, tokenizer: Any, model: Any, prompts: Sequence[
     answer = MADE_UP[reasoning_form(recipe.train, tokenizer)]
     rows = [answered_row(example, answer, tokenizer) for example in examples]
     questions = [question_tokens(example["prompt"], example["tools"], tokenizer) for example in examples]
-    stops = stop_tokens(tokenizer, model)
     faults = label_faults(rows, stops=stops, decode=tokenizer.decode, known=sys.maxsize, questions=questions)
     yield from label_checks(faults, len(rows))
     yield context_check(differing_prompts(rows, examples, tokenizer), len(rows))

@@ -79,10 +79,12 @@ def token_checks(prepared: "Prepared", ids: Iterable[str], config: TrainConfig) 
 
 
 def context_check(differing: int, prompts: int) -> Check:
-    """A prompt must be the same before it is answered, when the student is asked it, and after that, in a row."""
+    """A prompt must be rendered the same when the student is asked it and in the row that it learns from."""
     finding = f"{differing} of {prompts} training prompts are rendered otherwise when they are asked"
-    fix = "the student trains on contexts that it will not see: name a template in student.chat_template that renders "
-    fix += "both alike (one that begins a thought when it asks is made for train.reasoning: keep)"
+    fix = (
+        "the student trains on contexts that it will not see: name a template in student.chat_template that renders "
+        "both alike (one that begins a thought when it asks is made for train.reasoning: keep)"
+    )
     return graded("context", differing, finding, passes=not differing, otherwise="warn", fix=fix)
 
 
