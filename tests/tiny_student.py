@@ -17,6 +17,18 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 START, END = 1, 2  # ids of <|im_start|> and <|im_end|>
+SHAPE = {
+    "vocab_size": 3 + 256,  # the control tokens and the bytes of `tiny_tokenizer`
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": START,
+    "eos_token_id": END,
+    "pad_token_id": END,
+}
 
 
 def tiny_tokenizer() -> Any:
@@ -42,29 +54,22 @@ def tiny_tokenizer() -> Any:
 
 def tiny_model(folder: Path, *, layers: int = 2, architecture: str = "llama", context: int = 512) -> Path:
     """Writes a model folder: hidden size 64, random weights, the tiny tokenizer."""
+    import transformers
+
+    name = {"llama": "Llama", "qwen2": "Qwen2", "mixtral": "Mixtral"}[architecture]
+    experts = {"num_local_experts": 4, "router_aux_loss_coef": 0.5} if architecture == "mixtral" else {}
+    shape = SHAPE | {"num_hidden_layers": layers, "max_position_embeddings": context}
+    return saved(getattr(transformers, f"{name}Config")(**shape, **experts), folder)
+
+
+def saved(config: Any, folder: Path) -> Path:
+    """Writes a model folder: random weights, the tiny tokenizer."""
     import torch
     import transformers
 
-    tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
-    name = {"llama": "Llama", "qwen2": "Qwen2", "mixtral": "Mixtral"}[architecture]
-    experts = {"num_local_experts": 4, "router_aux_loss_coef": 0.5} if architecture == "mixtral" else {}
-    config = getattr(transformers, f"{name}Config")(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=context,
-        bos_token_id=START,
-        eos_token_id=END,
-        pad_token_id=END,
-        **experts,
-    )
-    model = getattr(transformers, f"{name}ForCausalLM")(config)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
     return folder
 
 

@@ -37,8 +37,7 @@ from tests.servers.misbehaving_server import (
     Behaviour,
     MisbehavingServer,
     answer,
-    choice,
-    choices,
+    cut_thought,
     error,
     misbehaving,
 )
@@ -213,10 +212,8 @@ def test_failed_requests_are_counted_apart(tmp_path: Path, recipe: Recipe, start
 def test_a_model_that_says_nothing_has_answered(
     tmp_path: Path, recipe: Recipe, started: Callable[..., list[str]]
 ) -> None:
-    cut = choices(choice("", "length", reasoning="Let me think"))
-
     def script(asked: Asked) -> Behaviour:
-        said = {"probe 1": answer(""), "probe 2": error(400), "probe 3": cut}
+        said = {"probe 1": answer(""), "probe 2": error(400), "probe 3": cut_thought()}
         return said.get(asked.text, answer("Words."))
 
     with misbehaving(script) as server:

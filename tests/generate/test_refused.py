@@ -13,9 +13,8 @@ from tests.servers.misbehaving_server import (
     Asked,
     Behaviour,
     answer,
-    choice,
-    choices,
     completions,
+    cut_thought,
     error,
     failures,
     misbehaving,
@@ -25,7 +24,6 @@ from tests.servers.misbehaving_server import (
 )
 
 SLOTS = 8
-CUT_THOUGHT = choices(choice("", "length", reasoning="Let me think"))
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -152,7 +150,7 @@ def test_a_model_that_says_nothing_is_not_a_refusal_of_all(run: RunDir) -> None:
 
 def test_thoughts_that_all_leave_no_room_for_an_answer_end_the_run_and_none_has_failed(run: RunDir) -> None:
     """A model that thinks behind the API, with a recipe for one that does not: each such reply is charged."""
-    with misbehaving(lambda asked: CUT_THOUGHT) as server:
+    with misbehaving(lambda asked: cut_thought()) as server:
         words = f"{REFUSED_ALIKE} requests in a row end with thought_cut_off .* raise sampling.max_tokens"
         with pytest.raises(DistillError, match=words):
             generate(recipe_for(server, 300), run, quiet=True)
@@ -162,14 +160,14 @@ def test_thoughts_that_all_leave_no_room_for_an_answer_end_the_run_and_none_has_
 
 def test_thoughts_without_room_are_their_own_where_others_had_room(run: RunDir) -> None:
     """In the call, or in an earlier one: what thinks longest ends last, and is what a run that was killed leaves."""
-    with misbehaving(lambda asked: answer() if asked.text == "say 3" else CUT_THOUGHT) as server:
+    with misbehaving(lambda asked: answer() if asked.text == "say 3" else cut_thought()) as server:
         generate(recipe_for(server, 4), run, quiet=True)
         summary = generate(recipe_for(server, 40), run, quiet=True)
     assert (summary.completed, summary.failed) == (1, 39)
 
 
 def test_a_stage_that_measures_a_model_hears_that_it_never_comes_to_an_answer(tmp_path: Path) -> None:
-    with misbehaving(lambda asked: CUT_THOUGHT) as server:
+    with misbehaving(lambda asked: cut_thought()) as server:
         summary = generate(recipe_for(server, 30), RunDir(tmp_path, internal=True), quiet=True)
     assert summary.errors == {"thought_cut_off": 30}
 
@@ -225,9 +223,7 @@ def test_thoughts_about_one_prompt_that_is_too_hard_end_no_run(run: RunDir, shar
     """Its samples, alone or as the choices of one reply, are no sign that the others need more room, too."""
 
     def script(asked: Asked) -> Behaviour:
-        if asked.text != server.asked[0].text:
-            return answer(n=asked.body.get("n", 1))
-        return choices(*[choice("", "length", reasoning="Let me think")] * asked.body.get("n", 1))
+        return cut_thought() if asked.text == server.asked[0].text else answer()
 
     prompts = {"count": 2, "samples": 25, "template": "say {n}", "slots": {"n": ["0", "1"]}}
     with misbehaving(script) as server:

@@ -298,7 +298,7 @@ def test_ctrl_c_ends_a_run_that_passes_over_many_answers(
     run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: bool
 ) -> None:
     """A run of a million prompts that goes on looks at all that is answered before it sends its first request."""
-    monkeypatch.setattr("generate.jobs.PASSED", 10, raising=False)
+    monkeypatch.setattr("generate.jobs.PASSED", 10)
     rows, looked, has = [f'{{"prompt": "say {n}"}}\n' for n in range(200)], 0, Left.has
 
     def interrupted(left: Left, job: Job) -> bool:

@@ -26,9 +26,8 @@ from tests.servers.misbehaving_server import (
     Asked,
     Behaviour,
     answer,
-    choice,
-    choices,
     completions,
+    cut_thought,
     error,
     failures,
     misbehaving,
@@ -39,7 +38,6 @@ from tests.servers.object_storage import object_storage
 
 pytestmark = pytest.mark.timeout(400)  # they start nodes and commands, which takes long on a busy machine
 
-CUT_THOUGHT = choices(choice("", "length", reasoning="Let me think"))
 LEASE_S = 60.0  # a busy machine must not lose a worker that is well
 
 
@@ -398,7 +396,7 @@ async def test_requests_that_are_all_refused_fail_or_end_it_as_on_one_machine(ru
         await drive(recipe_for(server, 3), run, FakeCluster(1))
 
 
-@pytest.mark.parametrize(("bad", "count"), [(CUT_THOUGHT, 40), (error(403, "flagged"), 10)])
+@pytest.mark.parametrize(("bad", "count"), [(cut_thought(), 40), (error(403, "flagged"), 10)])
 async def test_prompts_that_fail_alike_are_their_own_failures_where_the_run_has_answers(
     run: RunDir, bad: Behaviour, count: int
 ) -> None:

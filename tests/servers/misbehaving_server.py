@@ -89,6 +89,16 @@ def choices(*given: dict[str, Any]) -> Behaviour:
     return raw(json.dumps(chat_completion(list(given))).encode())
 
 
+def cut_thought() -> Behaviour:
+    """A model that was cut off while it was thinking, in each of as many choices as `n` asks for."""
+
+    async def behave(request: web.Request, asked: Asked) -> web.StreamResponse:
+        cut = choice("", "length", reasoning="Let me think")
+        return await choices(*[cut] * asked.body.get("n", 1))(request, asked)
+
+    return behave
+
+
 def raw(body: bytes, status: int = 200, content_type: str = "application/json", **headers: str) -> Behaviour:
     """These very bytes."""
 

@@ -13,7 +13,7 @@ from evaluate.models import Subject, load
 from pipeline.adapters import load_merged
 from pipeline.errors import RecipeError
 from pipeline.students import after_training, before_training
-from tests.tiny_student import END, START, losses, make_recipe, make_run, story_rows, tiny_model, tiny_tokenizer
+from tests.tiny_student import SHAPE, losses, make_recipe, make_run, saved, story_rows, tiny_model, tiny_tokenizer
 from train.rows import to_examples
 from train.run import train_run
 from train.setting import Setting
@@ -21,25 +21,14 @@ from train.trainer import prepare
 
 QUIET = Console(quiet=True)
 
-SHAPE = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-    "bos_token_id": START,
-    "eos_token_id": END,
-    "pad_token_id": END,
-}
+TEXT = SHAPE | {"head_dim": 16}
 LAYERS = {"layer_types": ["sliding_attention", "full_attention"]}
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 def text_and_images(kind: str, vision: dict[str, Any], **text: Any) -> Any:
     """The configuration of a Gemma that reads images, too: `AutoModelForCausalLM` loads it whole."""
-    shape = {**SHAPE, **LAYERS, "vocab_size": len(tiny_tokenizer()), **text}
+    shape = {**TEXT, **LAYERS, **text}
     return transformers.AutoConfig.for_model(kind, text_config=shape, vision_config={**VISION, **vision})
 
 
@@ -54,14 +43,7 @@ def gemma4() -> Any:
 
 def falcon_h1() -> Any:
     mamba = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128, "mamba_d_state": 16, "mamba_n_groups": 1}
-    return transformers.FalconH1Config(**SHAPE, **mamba, vocab_size=len(tiny_tokenizer()))
-
-
-def saved(config: Any, folder: Path) -> Path:
-    torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return transformers.FalconH1Config(**TEXT, **mamba)
 
 
 @pytest.mark.parametrize(("method", "template"), [("full", None), ("lora", "chatml")])
@@ -108,11 +90,9 @@ def test_adapters_leave_out_what_mamba_layers_read_past_them(tmp_path: Path) -> 
 
 
 def test_a_mistral_with_two_tokenizers_has_the_one_with_a_chat_template(tmp_path: Path) -> None:
-    shape = {**SHAPE, "vocab_size": len(tiny_tokenizer())}
-    student = saved(transformers.MistralConfig(**shape), tmp_path / "student")
-    (student / "tekken.json").write_text(
-        "{}"
-    )  # Mistral's own, which transformers reads where mistral-common is installed
+    student = saved(transformers.MistralConfig(**TEXT), tmp_path / "student")
+    # Mistral's own, which transformers reads where mistral-common is installed.
+    (student / "tekken.json").write_text("{}")
     run, recipe = make_run(tmp_path / "run", story_rows(10)), make_recipe(str(student))
     train_run(recipe, run)
     before = Subject("student_before", "before", "", student)
