@@ -16,9 +16,9 @@ import numpy as np
 
 from filters.minhash import Array, agreement, jaccard, least_agreement
 from filters.sketches import Kind, Sketches, Source, thresholds
-from pipeline.cli import reporting
 from pipeline.errors import RecipeError
 from pipeline.filters_config import DedupConfig
+from pipeline.progress import reporting
 from pipeline.records import Reason
 from pipeline.rundir import RunDir
 

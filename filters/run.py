@@ -40,10 +40,10 @@ from filters.ruleset import RuleSet, load_rules
 from filters.sketches import Kind, Source, joined, sketch_file
 from filters.stream import in_blocks
 from filters.tally import Tally
-from pipeline.cli import reporting
 from pipeline.errors import DataError, DistillError
 from pipeline.filters_config import DedupConfig, FiltersConfig
 from pipeline.lineage import encode_lineage, read_lineage, versions, with_section
+from pipeline.progress import reporting
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, Message, Reason, encode_line
 from pipeline.rundir import RunDir, encode_json

@@ -30,9 +30,9 @@ from filters.report import one_line
 from filters.rows import as_dropped, as_kept, filtered_rows
 from filters.rules import LengthSettings, RepeatedWordSettings, ScriptRatioSettings
 from filters.ruleset import ActiveRule, RuleSet
-from pipeline.cli import reporting
 from pipeline.errors import DataError, UsageError
 from pipeline.lineage import read_lineage, write_lineage
+from pipeline.progress import reporting
 from pipeline.recipe import Recipe
 from pipeline.records import Completion, Dropped, Kept, Reason, encode_line, said
 from pipeline.rundir import RunDir, replacing

@@ -18,8 +18,8 @@ from generate.progress import Counters, prompt_warnings, requests_of
 from generate.targets import urls_now
 from generate.tokens import bound, counter
 from pipeline.address import is_private
-from pipeline.cli import reporting
 from pipeline.errors import RecipeError
+from pipeline.progress import reporting
 from pipeline.recipe import Recipe
 from pipeline.records import Completion, Failure
 from pipeline.rundir import RunDir

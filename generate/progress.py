@@ -13,10 +13,11 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from pipeline.progress import until_next_line
 from pipeline.prompts_config import PromptsConfig
 
 WINDOW_S = 30.0  # seconds: the speed and the time left are measured over them
-PLAIN_INTERVAL_S = 5.0  # between lines that are not in a terminal; later a 20th of the time so far, at most a minute
+PLAIN_INTERVAL_S = 5.0  # between lines that are not in a terminal, at least
 SUMMED = (
     "answered",
     "failed",
@@ -164,7 +165,7 @@ class Display:
             self._samples.popleft()
         self._bar.update(self._task, total=counters.total, completed=counters.done, description=self._line(now))
         if self._bar.disable and not self._quiet and now >= self._next_line:
-            self._next_line = now + max(PLAIN_INTERVAL_S, min(counters.seconds / 20, 60.0))
+            self._next_line = now + until_next_line(counters.seconds, PLAIN_INTERVAL_S)
             self._console.print(
                 f"{counters.done}/{counters.total} · {self._line(now)}", highlight=False, soft_wrap=True
             )

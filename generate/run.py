@@ -27,9 +27,9 @@ from generate.progress import Counters, Display, prompt_warnings, requests_of
 from generate.summary import Summary, save, save_asked, spent_of_run, sum_of_passes, summary_of
 from generate.turns import passes
 from generate.workers import send_from_workers
-from pipeline.cli import reporting
 from pipeline.errors import DataError, RecipeError, UsageError
 from pipeline.lineage import read_lineage
+from pipeline.progress import reporting
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.records import Completion, Failure, Prompt, asked_fields, encode_line
 from pipeline.rundir import RunDir, replacing

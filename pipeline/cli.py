@@ -1,7 +1,7 @@
 """What every `python -m <stage> RECIPE [--run DIR] [--<section>.<field> VALUE]…` has in common.
 
-Reads the command line and the recipe, says how far long work is, and turns errors into one line and an exit code. Each
-stage adds its own options to the parser and does its own work.
+Reads the command line and the recipe, and turns errors into one line and an exit code. Each stage adds its own options
+to the parser and does its own work.
 """
 
 import argparse
@@ -10,13 +10,11 @@ import os
 import signal
 import stat
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
-from time import monotonic
 from types import FrameType
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 from pipeline.address import is_in_store
 from pipeline.child import end_with_parent
@@ -26,8 +24,6 @@ from pipeline.rundir import RunDir
 from pipeline.settings_page import help_text
 
 GO_ON = "interrupted: run the same command again to go on"
-REPORT_S = 10.0  # between lines of long work; later a 20th of the time so far, at most a minute
-Item = TypeVar("Item")
 
 _hung_up = False
 
@@ -131,45 +127,6 @@ def hang_up(signum: int, frame: FrameType | None) -> None:
             if stat.S_ISCHR(os.fstat(descriptor).st_mode):
                 _discard_output(descriptor)
     signal.raise_signal(signal.SIGTERM)  # a stage may have a handler of its own, which ends it in order
-
-
-def say_on_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def reporting(
-    items: Iterable[Item], line: Callable[[int], str], say: Callable[[str], object] = say_on_stderr
-) -> Iterator[Item]:
-    """The items. If they take long, `line` of their number so far is said: every 10 s, later less often."""
-    began = monotonic()
-    due = began + REPORT_S
-    for count, item in enumerate(items, start=1):
-        yield item
-        if (now := monotonic()) >= due:
-            say(line(count))
-            due = now + _report_after(now - began)
-
-
-@contextmanager
-def reporting_time(what: str, say: Callable[[str], object] = say_on_stderr) -> Iterator[None]:
-    """Says how long the block has taken so far, as often as `reporting`; for work that shows no steps."""
-    over, began = threading.Event(), monotonic()
-
-    def report() -> None:
-        while not over.wait(_report_after(monotonic() - began)):
-            say(f"{what}: {monotonic() - began:.0f} s so far")
-
-    thread = threading.Thread(target=report, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
-def _report_after(passed_s: float) -> float:
-    return max(REPORT_S, min(passed_s / 20, 60.0))
 
 
 def _flush_output() -> None:

@@ -22,11 +22,11 @@ from rich.console import Console
 
 from pipeline.adapters import check_whole
 from pipeline.checks import Check
-from pipeline.cli import reporting_time
 from pipeline.errors import RecipeError
 from pipeline.instructions import system_of_student, told_to_teacher
 from pipeline.lineage import read_lineage, versions, with_section, write_lineage
 from pipeline.loaded_model import context_of
+from pipeline.progress import reporting_time
 from pipeline.reasoning import reasoning_form
 from pipeline.recipe import Recipe
 from pipeline.records import Kept

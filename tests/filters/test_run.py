@@ -408,7 +408,7 @@ def test_filters_that_take_long_say_how_far_they_are(
     stage.rules(RULES, dedup={})
     stage.filter()
     assert "so far" not in capsys.readouterr().err
-    monkeypatch.setattr("pipeline.cli.REPORT_S", 0)
+    monkeypatch.setattr("pipeline.progress.REPORT_S", 0)
     stage.filter()
     said = capsys.readouterr().err
     assert "5 answers so far, 2 pass the rules\n" in said

@@ -379,7 +379,7 @@ def test_plain_progress_goes_to_stderr(
 def test_a_long_look_at_the_prompts_is_told(
     run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], quiet: bool
 ) -> None:
-    monkeypatch.setattr("pipeline.cli.REPORT_S", 0)
+    monkeypatch.setattr("pipeline.progress.REPORT_S", 0)
     with misbehaving() as server:
         recipe = recipe_for(server, 3)
         generate(recipe, run, quiet=quiet)

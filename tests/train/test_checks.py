@@ -373,7 +373,7 @@ def test_text_that_spells_a_control_token_is_refused(student: str, tmp_path: Pat
 def test_a_long_look_at_the_tokens_is_told(
     student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("pipeline.cli.REPORT_S", 0.01)
+    monkeypatch.setattr("pipeline.progress.REPORT_S", 0.01)
     with pytest.raises(DataError, match="check length"):
         train_run(make_recipe(student, max_length=8, too_long="refuse"), make_run(tmp_path / "run", story_rows(20)))
     said = " ".join(capsys.readouterr().err.split())
