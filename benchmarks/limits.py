@@ -133,7 +133,8 @@ def arithmetic(options: Namespace, found: dict[str, float]) -> list[tuple[str, .
     parts_per_s, beats_per_s = max(per_s / ROWS, options.workers / SECONDS), options.workers / BEAT_S
     driver_us = found["lease of a request, us"] + found["answer into the journal, us"]
     look_up_us = found["look-up of an id, us"]
-    restart_us = sum(found[name] for name in found if name.endswith("at a start, us")) + found["id added, us"]
+    at_a_start = "journal read at a start, us", "prompt looked at twice at a start, us", "id added, us"
+    restart_us = sum(found[name] for name in at_a_start)
     size, puts, gets = found["bytes of an answer"], PUTS * parts_per_s, GETS * parts_per_s
     share, usd = max(puts / PUTS_PER_S, gets / GETS_PER_S), (puts * PUT + gets * GET) * answers / per_s
     return [
