@@ -40,8 +40,7 @@ from pipeline.students import AFTER, BEFORE, TEACHER
 # 20% over 4 (simulated).
 PROMPTS_TO_DIFFER = 20
 FEW = f"fewer than {PROMPTS_TO_DIFFER} prompts (or groups of them)"
-
-SHARES = ("passing", "adherence", "loops", "stopped")  # of an answer each is true or false
+YES_OR_NO = ("passing", "adherence", "loops", "stopped")  # what is true or false of an answer
 
 _MARKS = "".join(char for char in map(chr, range(0x300, 0x10000)) if unicodedata.category(char) in ("Mn", "Mc"))
 _LETTERS = rf"(?:(?![{UNSPACED}])[^\W_][{_MARKS}\u200c\u200d]*)+"  # joiners stand within words of Persian and Sinhala
@@ -155,7 +154,7 @@ def answer_figures(answers: Sequence[Assessment], drawn: Resamples) -> dict[str,
     figures = {"distinct_1": distinct(words, 1, drawn), "distinct_2": distinct(words, 2, drawn)}
     for name in answers[0].values:
         values = [answer.values[name] for answer in answers]
-        kind = share if name in SHARES else ratio
+        kind = share if name in YES_OR_NO else ratio
         figures[name] = kind([value or 0.0 for value in values], [value is not None for value in values], drawn)
     return {name: figure for name, figure in figures.items() if figure is not None}
 
