@@ -294,7 +294,8 @@ def load_start(start: Path, dtype: torch.dtype) -> tuple[Any, torch.dtype]:
     """
     base = base_of(start)
     model, stored = load_merged(base or start, start if base else None)
-    return model.requires_grad_(True).to(dtype), stored  # PEFT froze the base
+    freeze_images(model.requires_grad_(True))  # PEFT froze all of the base
+    return model.to(dtype), stored
 
 
 def _load(student: str, config: TrainConfig) -> tuple[Any, Any, torch.dtype]:

@@ -23,7 +23,8 @@ from pipeline.students import AFTER, TEACHER
 QUALITY = 0.9  # of the teacher's: the lower end of 90-95%
 TIMES = 3.0  # smaller, faster, and less memory
 ENOUGH = 60  # prompts
-ENOUGH_TIMINGS = 3  # of equal models, all of 3 timings beat the other's 3 in 1 of 20; of 2 in 1 of 6
+# By chance all timings of one of two equal models are above all of the other's: with 3 in 1 of 20, with 2 in 1 of 6.
+ENOUGH_TIMINGS = 3
 ENOUGH_RIGHT = 30  # right answers of the teacher, or answers of it that pass the rules
 SHARES = ("accuracy", "passing")
 AXES = ("quality", "speed", "memory")

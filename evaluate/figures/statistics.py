@@ -106,8 +106,10 @@ def share(yes: Sequence[float], asked: Sequence[float], drawn: Resamples) -> Fig
 
 
 def _independent(share: Figure, prompts: float) -> float:
-    """How many independent prompts tell as much as these, whose groups may be alike within: n over the design effect
-    (Kish 1965), by the spread of the resamples. Where these do not differ, as many as there are groups.
+    """How many independent prompts tell as much as these.
+
+    Prompts of one group may be alike, so it is their number over the design effect (Kish 1965), which the spread of the
+    resamples shows. Where the resamples do not differ, it is the number of groups.
     """
     groups, spread = share.prompts, float(np.nanvar(share.resampled))
     if groups == prompts or spread < ROUNDING:

@@ -17,7 +17,7 @@ from tests.tiny_student import SHAPE, losses, make_recipe, make_run, saved, stor
 from train.rows import to_examples
 from train.run import train_run
 from train.setting import Setting
-from train.trainer import prepare
+from train.trainer import load_start, prepare
 
 QUIET = Console(quiet=True)
 
@@ -105,5 +105,11 @@ def test_what_reads_images_is_not_trained(tmp_path: Path, method: str) -> None:
     rows = {part: to_examples(story_rows(4)) for part in ("train", "validation")}
     config = make_recipe("x", method=method).train
     model = prepare(str(saved(gemma3(), tmp_path / "student")), rows, Setting(config, tmp_path, QUIET)).trainer.model
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert trained and all(".language_model." in name for name in trained)
+
+
+def test_what_reads_images_is_not_trained_either_where_a_student_is_trained_further(tmp_path: Path) -> None:
+    model, _ = load_start(saved(gemma3(), tmp_path / "student"), torch.float32)
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     assert trained and all(".language_model." in name for name in trained)
