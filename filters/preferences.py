@@ -44,8 +44,8 @@ def write_preferences(
 def _pairs(kept: Array, wrong: Array) -> Iterator[list[tuple[int, int]]]:
     """For each prompt with answers of both kinds, the offsets of their lines, paired: none is left out."""
     kept, wrong = np.sort(kept, order=["prompt", "sample"]), np.sort(wrong, order=["prompt", "sample"])
-    for prompt in np.intersect1d(kept["prompt"], wrong["prompt"]):
-        good, bad = (_starts(rows, prompt) for rows in (kept, wrong))
+    prompts = np.intersect1d(kept["prompt"], wrong["prompt"])
+    for good, bad in zip(_starts(kept, prompts), _starts(wrong, prompts), strict=True):
         yield [(good[n % len(good)], bad[n % len(bad)]) for n in range(max(len(good), len(bad)))]
 
 
@@ -55,10 +55,11 @@ def _comparable(pair: tuple[Completion, Completion]) -> bool:
     return chosen.messages == rejected.messages and said(chosen) != said(rejected)
 
 
-def _starts(rows: Array, prompt: np.uint64) -> list[int]:
-    first, end = (np.searchsorted(rows["prompt"], prompt, side) for side in ("left", "right"))
-    starts: list[int] = rows["start"][first:end].tolist()
-    return starts
+def _starts(rows: Array, prompts: Array) -> Iterator[list[int]]:
+    """For each prompt, the offsets of its lines. All are looked up at once: each look-up copies the rows' prompts."""
+    first, end = (np.searchsorted(rows["prompt"], prompts, side).tolist() for side in ("left", "right"))
+    for one, last in zip(first, end, strict=True):
+        yield rows["start"][one:last].tolist()
 
 
 def _row(file: BinaryIO, start: int) -> Completion:

@@ -383,6 +383,23 @@ def test_pairs_of_a_kept_and_a_failed_answer_become_preferences(stage: Stage) ->
     assert not stage.run.preferences.exists()
 
 
+def test_the_answers_of_all_prompts_are_looked_up_at_once(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look-up reads the prompts of all answers, so one for each prompt would make the time quadratic."""
+    search, calls, counts = np.searchsorted, list[object](), list[int]()
+
+    def counted(*given: Any) -> Any:
+        calls.append(given)
+        return search(*given)
+
+    monkeypatch.setattr(np, "searchsorted", counted)
+    for names in ("abcde", "abcdefghijklmnopqrst"):
+        calls.clear()
+        stage.filter([row for name in names for row in answers(name, "4", "5")], RIGHT, preferences=1)
+        counts.append(len(calls))
+    assert stage.run.preferences.read_bytes().count(b"\n") > 5
+    assert counts[0] == counts[1]
+
+
 def test_an_answer_that_could_not_be_checked_is_no_wrong_one(stage: Stage) -> None:
     """A choice without a reference to hold it against is `unverified`."""
     rows = answers("a", "4", "5")
