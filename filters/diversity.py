@@ -11,7 +11,18 @@ from itertools import chain
 import msgspec
 import numpy as np
 
-from filters.minhash import Array, band_keys, fold, jaccard, ngrams, shape_for, signatures
+from filters.minhash import (
+    Array,
+    agreement,
+    band_keys,
+    fold,
+    glimpses,
+    jaccard,
+    least_agreement,
+    ngrams,
+    shape_for,
+    signatures,
+)
 from filters.scripts import UNSPACED
 from pipeline.filters_config import DedupConfig
 
@@ -27,19 +38,29 @@ class Distinct:
     def __init__(self, threshold: float) -> None:
         self._threshold, self._shape = threshold, shape_for(threshold)
         self._grams: list[Array] = []
+        self._glimpses: list[bytes] = []
         self._bands: dict[int, list[int]] = {}
 
     def add(self, text: str, *, always: bool = False) -> bool:
         """Takes the text and returns True, unless it is like an earlier one; `always` takes that too."""
         folded = fold(text)
-        grams, keys = ngrams(folded, NGRAM), band_keys(signatures([folded], NGRAM), self._shape)[0].tolist()
-        near = {number for key in keys for number in self._bands.get(key, ())}
-        if not always and any(jaccard(grams, self._grams[number]) >= self._threshold for number in near):
+        values = signatures([folded], NGRAM)
+        grams, keys, glimpse = ngrams(folded, NGRAM), band_keys(values, self._shape)[0].tolist(), glimpses(values)[0]
+        near = () if always else self._candidates(keys, glimpse)
+        if any(jaccard(grams, self._grams[number]) >= self._threshold for number in near):
             return False
         for key in keys:
             self._bands.setdefault(key, []).append(len(self._grams))
         self._grams.append(grams)
+        self._glimpses.append(glimpse.tobytes())
         return True
+
+    def _candidates(self, keys: list[int], glimpse: Array) -> list[int]:
+        """The texts that share a band with this one, without those whose glimpses differ too much."""
+        sharing = list({number for key in keys for number in self._bands.get(key, ())})
+        others = np.frombuffer(b"".join(self._glimpses[number] for number in sharing), np.uint8)
+        agreeing = agreement(others.reshape(-1, len(glimpse)), glimpse) >= least_agreement(self._threshold)
+        return [sharing[at] for at in np.flatnonzero(agreeing).tolist()]
 
 
 class Diversity(msgspec.Struct, frozen=True, kw_only=True):

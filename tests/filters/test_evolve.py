@@ -8,11 +8,14 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import filters.diversity
 from filters.diversity import Distinct, diversity
 from filters.evolve import HARDER, NEW, WAYS, describe, evolve, question, read_prompt
+from filters.minhash import jaccard
 from generate.prompts import iter_prompts
 from pipeline.errors import BudgetReached, UsageError
 from pipeline.prompts_config import PromptsConfig
@@ -298,6 +301,21 @@ def test_a_near_duplicate_is_found_and_another_text_is_not() -> None:
     assert not distinct.add("Tell a story about a small rabbit who finds a red balloons.")
     assert distinct.add("Explain how a steam engine turns heat into motion.")
     assert distinct.add("Tell a story about a small rabbit who finds a red balloon.", always=True)
+
+
+def test_few_texts_that_share_words_are_compared_truly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of one template are all somewhat alike: the time of comparing every pair would be quadratic."""
+    pairs, rng, shared = list[object](), random.Random(0), words("shared").split()[2:]
+
+    def counted(*pair: Any) -> float:
+        pairs.append(pair)
+        return jaccard(*pair)
+
+    monkeypatch.setattr(filters.diversity, "jaccard", counted)
+    distinct = Distinct(0.7)
+    texts = [" ".join([*rng.sample(shared, 6), words(str(n))[8:50]]) for n in range(300)]
+    assert sum(map(distinct.add, texts)) == len(texts)
+    assert len(pairs) < len(texts)
 
 
 def test_diversity_falls_with_repetition() -> None:
