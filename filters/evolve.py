@@ -13,7 +13,7 @@ no prompt is bought twice; the rounds together keep to the recipe's budget. Writ
 import random
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ from generate.run import generate
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import BudgetReached, RequestsFailed, UsageError
 from pipeline.instructions import INSTRUCTIONS
+from pipeline.progress import reporting
 from pipeline.prompts_config import PromptsConfig, value_of
 from pipeline.recipe import Recipe
 from pipeline.records import Completion, Message, Prompt, question_text, said
@@ -145,7 +146,8 @@ def evolve(
         except BudgetReached as error:
             stopped = error
         answers = {request.prompt_id: answer for request, answer in asked_rows(asking, asked.completions, Completion)}
-        new, left_out = _new_prompts(questions, answers, distinct, number, group)
+        asked_of = questions.items() if quiet else reporting(questions.items(), "{:,} replies looked at so far".format)
+        new, left_out = _new_prompts(asked_of, answers, distinct, number, group)
         prompts += new
         done.append(Round(asked=len(questions), failed=failed, new=len(new), left_out=left_out))
     write_jsonl(run.path / "evolved.jsonl", prompts)
@@ -209,11 +211,15 @@ def _recipe_of_round(recipe: Recipe, asked: RunDir, questions: Sequence[Prompt])
 
 
 def _new_prompts(
-    questions: dict[str, Question], answers: dict[str, Completion], distinct: Distinct, number: int, group: str
+    questions: Iterable[tuple[str, Question]],
+    answers: dict[str, Completion],
+    distinct: Distinct,
+    number: int,
+    group: str,
 ) -> tuple[list[Prompt], Counter[str]]:
     """The prompts that a round's replies make, in the order of its questions; and what is left out, by the reason."""
     found, left_out = list[Prompt](), Counter[str]()
-    for id_, (parent, way, _) in questions.items():
+    for id_, (parent, way, _) in questions:
         if id_ not in answers:
             continue
         text, wrong = read_prompt(answers[id_])

@@ -294,6 +294,18 @@ def test_killed_at_any_moment_no_prompt_is_bought_twice(tmp_path: Path) -> None:
     assert len(server.asked) <= 3 * SEEDS + kills * at_once  # those in flight at a kill
 
 
+def test_it_says_how_many_replies_it_has_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pipeline.progress.REPORT_S", 0)
+    with misbehaving(rewriting) as server:
+        recipe = recipe_of(server, tmp_path)
+        for quiet in (True, False):
+            evolve(recipe, RunDir(tmp_path / str(quiet)), rounds=1, quiet=quiet)
+            said = "1 replies looked at so far\n" in capsys.readouterr().err
+            assert said is not quiet
+
+
 def test_a_near_duplicate_is_found_and_another_text_is_not() -> None:
     distinct = Distinct(0.7)
     assert distinct.add("Tell a story about a small rabbit who finds a red balloon.")
