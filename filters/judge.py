@@ -28,6 +28,7 @@ from generate.verdict import FINAL
 from pipeline.errors import DistillError
 from pipeline.filters_config import JudgeConfig
 from pipeline.instructions import INSTRUCTIONS
+from pipeline.progress import reporting
 from pipeline.prompts_config import PromptsConfig
 from pipeline.recipe import Recipe
 from pipeline.records import Completion, Failure, Message, Prompt, as_text, read_jsonl, said
@@ -198,7 +199,7 @@ def _earlier_verdicts(
 def _verdicts(asked: RunDir, attempt: int, read: Callable[[Completion, int], Verdict | None]) -> dict[str, Verdict]:
     """The verdicts that an attempt has, by question."""
     verdicts: dict[str, Verdict] = {}
-    for answer in read_jsonl(asked.completions, Completion):
+    for answer in reporting(read_jsonl(asked.completions, Completion), "{:,} replies of the judge read so far".format):
         if verdict := read(answer, attempt):
             verdicts.setdefault(prompt_id(answer.messages), verdict)
     return verdicts

@@ -215,7 +215,8 @@ def _ask_judge(
 
     judge = Judge.of_filters(recipe, run)
     left_out = {*copies, *survivors.gone}
-    by_id = judge_rows(judge, run, (row for _, row in survivors.rows(left_out)))
+    rows = reporting(survivors.rows(left_out), "{:,} questions to the judge written so far".format)
+    by_id = judge_rows(judge, run, (row for _, row in rows))
     for number, row in survivors.rows(left_out):
         survivors.verdicts[number] = verdict = by_id[row.id]
         count_scores(verdict, tally.scores)
@@ -239,7 +240,7 @@ def _judge_scores(survivors: Survivors, run: RunDir) -> dict[int, int]:
 def _write(survivors: Survivors, kept: BinaryIO, dropped: BinaryIO, tally: Tally) -> None:
     """Writes each survivor where it belongs, and moves the counts of those that are gone."""
     with survivors.path.open("rb") as file:
-        for number, line in enumerate(file):
+        for number, line in reporting(enumerate(file), "{:,} answers written so far".format):
             if reason := survivors.gone.get(number):
                 row = decode_kept(line)
                 tally.move_to_dropped(row.id, as_answer(row), reason)

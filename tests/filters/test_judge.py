@@ -483,6 +483,16 @@ def fates(run: RunDir) -> dict[str, tuple[str, str]]:
     return {row.id: (row.rule, row.detail[0].of) for row in read_jsonl(run.dropped, Dropped)}
 
 
+def test_what_is_done_around_the_requests_says_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pipeline.progress.REPORT_S", 0)
+    judged_and_deduplicated(tmp_path, ["A bear.", "Two frogs.", "A fox in the snow."], [3, 4, 5])
+    said = capsys.readouterr().err.splitlines()
+    for done in ("questions to the judge written", "replies of the judge read", "answers written"):
+        assert f"1 {done} so far" in said
+
+
 def test_of_exact_copies_one_is_judged_and_stays(tmp_path: Path) -> None:
     """A copy tells nothing new: nobody pays for it."""
     run, asked = judged_and_deduplicated(
