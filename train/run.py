@@ -26,7 +26,7 @@ from pipeline.errors import RecipeError
 from pipeline.instructions import system_of_student, told_to_teacher
 from pipeline.lineage import read_lineage, versions, with_section, write_lineage
 from pipeline.loaded_model import context_of
-from pipeline.progress import reporting_time
+from pipeline.progress import reporting, reporting_time
 from pipeline.reasoning import reasoning_form
 from pipeline.recipe import Recipe
 from pipeline.records import Kept
@@ -165,7 +165,8 @@ def rows_to_train(recipe: Recipe, run: RunDir) -> int:
         tokenizer = load_tokenizer(student := initial_student(recipe, run, rows))
         longest = min(recipe.train.max_length, context_of(AutoConfig.from_pretrained(student)))
     examples = to_examples(rows, recipe.student, reasoning_form(recipe.train, tokenizer))
-    return sum(example_length(example, tokenizer) <= longest for example in examples)
+    measured = reporting(examples, f"{{:,}} of {len(examples):,} rows measured so far".format)
+    return sum(example_length(example, tokenizer) <= longest for example in measured)
 
 
 def first_training(recipe: Recipe, run: RunDir) -> Recipe | None:

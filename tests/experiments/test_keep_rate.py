@@ -1,6 +1,7 @@
 """`keep-rate` on tiny models, by the real stages: the arms make equal steps, also where rows are too long."""
 
 import json
+import re
 from argparse import Namespace
 from pathlib import Path
 
@@ -63,6 +64,15 @@ def test_a_share_has_what_the_teacher_said_of_its_answers(run: RunDir, setup: Se
     run.logprobs.write_text("what the teacher said")
     arms = EXPERIMENTS["keep-rate"].prepare(setup).arms
     assert [arm.run.logprobs.read_text() for arm in arms] == ["what the teacher said"] * 2
+
+
+def test_it_says_how_many_rows_it_has_measured(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a large run this takes minutes: each row of each arm is tokenised."""
+    monkeypatch.setattr("pipeline.progress.REPORT_S", 0)
+    arms = EXPERIMENTS["keep-rate"].prepare(setup).arms
+    assert len(re.findall(r"^1 of \d+ rows measured so far$", capsys.readouterr().err, re.MULTILINE)) == len(arms)
 
 
 def test_of_what_the_judge_dropped_the_better_scored_comes_first(run: RunDir, setup: Setup) -> None:
