@@ -158,7 +158,7 @@ def completed(job: Job, answer: Answer, *, latency_s: float, endpoint: str, samp
     )
 
 
-def failed(job: Job, fault: Fault, *, endpoint: str, sampling: dict[str, Any]) -> list[Failure]:
+def failed(job: Job, fault: Fault, *, endpoint: str, sampling: dict[str, Any], latency_s: float = 0.0) -> list[Failure]:
     """The records of a job's requests, which have failed for good."""
     return [
         Failure(
@@ -169,6 +169,8 @@ def failed(job: Job, fault: Fault, *, endpoint: str, sampling: dict[str, Any]) -
             message=fault.message,
             attempts=job.attempts,
             created=_now(),
+            usage=fault.usage,
+            latency_s=round(latency_s, 4),
         )
         for request in job.requests
     ]

@@ -232,7 +232,8 @@ class Loop:
                 job.attempts -= 1
                 self._schedule.put_back(job, now)
             case Fail():
-                failures = failed(job, fault, endpoint=endpoint.url, sampling=attempt.sampling)
+                took = now - attempt.sent
+                failures = failed(job, fault, endpoint=endpoint.url, sampling=attempt.sampling, latency_s=took)
                 if verdict.held_back and fault.error == "rate_limited":
                     self._failed_limited.append(failures)
                 elif verdict.held_back:

@@ -97,6 +97,8 @@ class Failure(Request, frozen=True, kw_only=True):
     message: str
     attempts: int
     created: str  # ISO 8601, UTC
+    usage: Usage | None = None  # of the last attempt, as `latency_s`; None where the server counted nothing
+    latency_s: float = 0.0
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -123,11 +123,19 @@ def _bursts(recipe: Recipe, folder: Path, prompts: Sequence[Prompt], start: int)
         questions = _cycle(prompts, start + number * wanted.speed_requests, wanted.speed_requests)
         own, ahead = folder / f"timed-{number + 1}", _clock_ahead()
         done = ask_prompts(recipe, own, questions)
-        seconds = _seconds_of(list(read_jsonl(RunDir(own).completions, Completion)))
+        replies = _replies_in(RunDir(own))
+        tokens = sum(one.usage.completion_tokens or 0 for one in replies if one.usage)
+        seconds = _seconds_of(replies)
         if not seconds or abs(_clock_ahead() - ahead) > CLOCK_SET_S:
             seconds = done.wall_s
-        bursts.append(Burst(done.requests, done.failed, done.completion_tokens, seconds, name_machine()))
+        bursts.append(Burst(done.requests, done.requests - len(replies), tokens, seconds, name_machine()))
     return bursts
+
+
+def _replies_in(run: RunDir) -> list[Completion | Failure]:
+    """What the model wrote to each request: also nothing, or a thought that was cut off, which takes its time, too."""
+    silent = (failure for failure in read_jsonl(run.failures, Failure) if failure.error in EMPTY)
+    return [*read_jsonl(run.completions, Completion), *silent]
 
 
 def _clock_ahead() -> float:
@@ -135,10 +143,10 @@ def _clock_ahead() -> float:
     return time.time() - time.monotonic()
 
 
-def _seconds_of(answers: Sequence[Completion]) -> float:
-    """From the first request to the last answer, without the client's own start and end; 0 without an answer."""
-    ends = [datetime.fromisoformat(answer.created).timestamp() for answer in answers]
-    starts = [end - answer.latency_s for end, answer in zip(ends, answers, strict=True)]
+def _seconds_of(replies: Sequence[Completion | Failure]) -> float:
+    """From the first request to the last reply, without the client's own start and end; 0 without a reply."""
+    ends = [datetime.fromisoformat(reply.created).timestamp() for reply in replies]
+    starts = [end - reply.latency_s for end, reply in zip(ends, replies, strict=True)]
     return max(ends, default=0.0) - min(starts, default=0.0)
 
 

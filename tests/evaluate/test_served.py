@@ -209,6 +209,17 @@ def test_failed_requests_are_counted_apart(tmp_path: Path, recipe: Recipe, start
     assert [(burst.requests, burst.failed, burst.completion_tokens) for burst in speed.bursts] == [(7, 2, 25)] * 2
 
 
+def test_a_model_whose_thoughts_fill_the_timed_answers_is_timed_by_them(
+    tmp_path: Path, recipe: Recipe, started: Callable[..., list[str]]
+) -> None:
+    """With 64 tokens a timed answer ends in the middle of what most models think."""
+    with misbehaving(lambda asked: streamed(asked) if asked.body.get("stream") else cut_thought(0.02)) as server:
+        started(server)
+        speed, _ = measure(recipe, RunDir(tmp_path))
+    assert [(burst.requests, burst.failed, burst.completion_tokens) for burst in speed.bursts] == [(7, 0, 35)] * 2
+    assert all(burst.wall_s > 3.5 * 0.02 for burst in speed.bursts)  # 7 requests, two in flight
+
+
 def test_a_model_that_says_nothing_has_answered(
     tmp_path: Path, recipe: Recipe, started: Callable[..., list[str]]
 ) -> None:

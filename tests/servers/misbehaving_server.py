@@ -89,10 +89,11 @@ def choices(*given: dict[str, Any]) -> Behaviour:
     return raw(json.dumps(chat_completion(list(given))).encode())
 
 
-def cut_thought() -> Behaviour:
+def cut_thought(delay_s: float = 0) -> Behaviour:
     """A model that was cut off while it was thinking, in each of as many choices as `n` asks for."""
 
     async def behave(request: web.Request, asked: Asked) -> web.StreamResponse:
+        await asyncio.sleep(delay_s)
         cut = choice("", "length", reasoning="Let me think")
         return await choices(*[cut] * asked.body.get("n", 1))(request, asked)
 
