@@ -173,7 +173,7 @@ def _read(choice: _Choice, said: _Said, usage: Usage, model: str | None, words: 
     if not text.strip() and not calls:
         if choice.message.refusal:
             return Fault("refusal", f"the model refuses: {words(choice.message.refusal)}", 200, usage=usage)
-        return _empty(reason, reasoning, usage)
+        return _empty(reason, said, usage)
     return Answer(text, reason, model, usage, reasoning, calls, choice.logprobs)
 
 
@@ -291,9 +291,9 @@ def read_usage(said: Any) -> Usage:
     details, completion_tokens = usage.completion_tokens_details, usage.completion_tokens
     if usage.prompt_tokens == 0:
         return Usage()  # no prompt has no tokens: a gateway that does not count
-    if completion_tokens is not None and usage.prompt_tokens is not None and usage.total_tokens is not None:
-        # Some (xAI, gateways to Gemini) bill reasoning as completion and count it in the total alone.
-        completion_tokens = max(completion_tokens, usage.total_tokens - usage.prompt_tokens)
+    if usage.prompt_tokens is not None and usage.total_tokens is not None:
+        # Some (xAI, Gemini) bill reasoning as completion and count it in the total alone.
+        completion_tokens = max(completion_tokens or 0, usage.total_tokens - usage.prompt_tokens) or completion_tokens
     return Usage(
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=completion_tokens,
@@ -354,13 +354,16 @@ def _parts(content: Any, kind: str) -> list[Json]:
     return [part for part in parts if isinstance(part, dict) and part.get("type") == kind]
 
 
-def _empty(finish_reason: str, reasoning: str, usage: Usage) -> Fault:
+def _empty(finish_reason: str, said: _Said, usage: Usage) -> Fault:
     """An answer without text; a model that thinks may never have come to it."""
     thought = f", {usage.reasoning_tokens} reasoning tokens" if usage.reasoning_tokens else ""
     why = f"the answer has no text (finish_reason {finish_reason}{thought})"
-    if finish_reason == "length" and (thought or reasoning):
+    hidden = usage.completion_tokens and not said.text  # tokens that are in no field: Gemini does not show its thoughts
+    if finish_reason == "length" and (thought or said.reasoning or hidden):
         why += ": it was cut off while the model was thinking; raise sampling.max_tokens"
         return Fault("thought_cut_off", why, 200, usage=usage)
+    if said.reasoning:
+        why += ": all that came is reasoning; does the server's parser of it (--reasoning-parser) fit the model?"
     return Fault("empty_answer", why, 200, usage=usage)
 
 

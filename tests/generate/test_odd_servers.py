@@ -54,6 +54,8 @@ def answer_in(body: bytes) -> Answer:
         ({"prompt_tokens": 10**30, "completion_tokens": 5}, (None, None)),
         ({"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}, (None, None)),
         ({"prompt_tokens": 7, "completion_tokens": 0, "total_tokens": 7}, (7, None)),  # of an answer that has a text
+        ({"prompt_tokens": 7, "total_tokens": 7}, (7, None)),
+        ({"prompt_tokens": 7, "total_tokens": 12}, (7, 5)),
         ([], (None, None)),
         ("7", (None, None)),
     ],
@@ -161,6 +163,21 @@ def test_an_answer_cut_off_in_its_reasoning_is_none(content: str | None) -> None
         "the answer has no text (finish_reason length, 500 reasoning tokens): it was cut off while the model was "
         "thinking; raise sampling.max_tokens"
     )
+
+
+@pytest.mark.parametrize("counted", [{}, {"completion_tokens": 0}])
+def test_a_thought_that_is_neither_shown_nor_counted_apart_was_cut_off(counted: dict[str, int]) -> None:
+    """Gemini's, whose tokens are in the total alone."""
+    found = read_answer(said(None, "length", {"prompt_tokens": 10, "total_tokens": 109, **counted}))
+    assert isinstance(found, Fault)
+    assert (found.error, found.usage) == ("thought_cut_off", Usage(prompt_tokens=10, completion_tokens=99))
+
+
+def test_an_answer_that_a_parser_took_for_a_thought_is_told() -> None:
+    found = read_answer(said(None, message={"reasoning": "The answer is 4."}))
+    assert isinstance(found, Fault)
+    assert found.error == "empty_answer"
+    assert "all that came is reasoning; does the server's parser of it (--reasoning-parser) fit" in found.message
 
 
 def test_what_stands_beside_the_text_may_be_odd() -> None:
