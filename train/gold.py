@@ -26,7 +26,7 @@ from train.soft import load_model
 from train.student_trainer import ScoredOnText, StudentTrainer
 from train.teacher import FIX
 
-Example = dict[str, Any]  # train.rows.to_examples, and `told`: what the teacher is asked
+Example = dict[str, Any]  # train.rows.to_examples, and `told` and `template`: what the teacher is asked, and how
 
 
 class GoldTrainer(ScoredOnText, SameEveryEpoch, GOLDTrainer):
@@ -109,15 +109,16 @@ def _in_float32(model: Any, given: Any, output: Any) -> Any:
     return output
 
 
-def _rendered(messages: Any, tools: str | None, tokenizer: Any, *, prompt: bool = True) -> str:
-    given = json.loads(tools) if tools else None
-    text: str = tokenizer.apply_chat_template(messages, tools=given, tokenize=False, add_generation_prompt=prompt)
+def _rendered(messages: Any, tools: str | None, tokenizer: Any, *, prompt: bool = True, **options: Any) -> str:
+    options |= {"tools": json.loads(tools) if tools else None, "tokenize": False, "add_generation_prompt": prompt}
+    text: str = tokenizer.apply_chat_template(messages, **options)
     return text
 
 
 def _asked(example: Example, teacher: Any) -> str:
     """The teacher's prompt without its first token, if TRL's tokenising puts that there."""
-    text, bos = _rendered(example["told"], example["tools"], teacher), teacher.bos_token
+    options, bos = example.get("template", {}), teacher.bos_token
+    text = _rendered(example["told"], example["tools"], teacher, **options)
     return text.removeprefix(bos) if bos and teacher("x").input_ids[0] == teacher.bos_token_id else text
 
 

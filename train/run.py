@@ -229,7 +229,14 @@ def _of_teacher(row: Kept, recipe: Recipe) -> dict[str, Any]:
     if recipe.train.loss_on == "all":
         before = [*takewhile(lambda turn: turn.role != "assistant", before)]
     told = template_turns(told_to_teacher(before, recipe.teacher))
-    return {"id": row.id, "told": told, "stripped": bool(row.reasoning) and recipe.train.reasoning == "strip"}
+    stripped = bool(row.reasoning) and recipe.train.reasoning == "strip"
+    return {"id": row.id, "told": told, "template": _template_options(recipe), "stripped": stripped}
+
+
+def _template_options(recipe: Recipe) -> dict[str, Any]:
+    """What the teacher's chat template is given at its endpoint, as `enable_thinking: false`."""
+    options: dict[str, Any] = recipe.sampling.extra.get("chat_template_kwargs") or {}
+    return options
 
 
 def _on_pairs(
@@ -260,6 +267,7 @@ def training_fingerprint(recipe: Recipe, run: RunDir, start: Path | None = None)
     }
     if config.soft and config.kd.teacher != "stored":
         settings |= recipe.teacher.model_dump(mode="json", include={"system", "examples"}, exclude_defaults=True)
+        settings |= {"template": options} if (options := _template_options(recipe)) else {}
     if recipe.student and not recipe.student.built and (base := origin_of(recipe.student, run)):
         settings["base"] = base
     if start:

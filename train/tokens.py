@@ -83,9 +83,9 @@ def differing_prompts(rows: Iterable[TokenRow], examples: Iterable[Mapping[str, 
     return differing
 
 
-def asked_tokens(messages: Sequence[Any], tools: str | None, tokenizer: Any) -> list[int]:
-    """A prompt by the chat template, up to where the answer begins. `tools`: as JSON."""
-    return _by_template(messages, tools, tokenizer, add_generation_prompt=True)
+def asked_tokens(messages: Sequence[Any], tools: str | None, tokenizer: Any, **options: Any) -> list[int]:
+    """A prompt by the chat template, up to where the answer begins. `tools`: as JSON; `options`: for the template."""
+    return _by_template(messages, tools, tokenizer, add_generation_prompt=True, **options)
 
 
 def question_tokens(messages: Sequence[Any], tools: str | None, tokenizer: Any) -> int:

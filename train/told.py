@@ -20,11 +20,12 @@ Told = dict[bytes, list[int]]  # by the student's tokens of a prompt (key_of): t
 def told_prompts(rows: Sequence[TokenRow], examples: Sequence[Mapping[str, Any]], tokenizer: Any) -> Told:
     """The teacher's prompt of each row, by its `tokenizer`; none that is the student's own.
 
-    `examples` are the rows' texts, with `told`: the teacher's messages.
+    `examples` are the rows' texts, with `told`: the teacher's messages, and `template`: options of its chat template.
     """
     told: Told = {}
     for row, example in zip(rows, examples, strict=True):
-        ids = asked_tokens(example.get("told", example["prompt"]), example.get("tools"), tokenizer)
+        told_messages, options = example.get("told", example["prompt"]), example.get("template", {})
+        ids = asked_tokens(told_messages, example.get("tools"), tokenizer, **options)
         if ids != (own := prompt_of(row)):
             told[key_of(own)] = ids
     return told

@@ -5,18 +5,20 @@ from typing import Any
 
 import pytest
 import torch
+import trl
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pipeline.sampling_config import SamplingConfig
 from pipeline.teacher_config import TeacherConfig
 from tests.servers.fake_vllm import scoring
 from tests.tiny_student import make_recipe, make_run, story_rows, tiny_model
 from train import top_k
 from train.processes import ALONE, Processes
 from train.rows import to_examples
-from train.run import training_fingerprint
+from train.run import _of_teacher, training_fingerprint
 from train.setting import Setting
-from train.tokens import MASKED, key_of
+from train.tokens import MASKED, answered_row, key_of
 from train.told import TeacherPrompts, Told, told_prompts
 from train.top_k import ask_endpoint
 from train.trainer import prepare
@@ -238,10 +240,31 @@ def test_of_several_processes_each_asks_about_its_share_and_has_all(
     assert known.keys() == {key_of(row["input_ids"]) for row in rows}
 
 
-TOLD = [{"system": "The cat is Tom."}, {"examples": [{"prompt": "Hi", "answer": "Hello"}]}]
+QUIET = {"extra": {"chat_template_kwargs": {"enable_thinking": False}}}
 
 
-@pytest.mark.parametrize("told", TOLD)
+def test_a_teachers_prompt_is_rendered_as_its_endpoint_rendered_it(models: tuple[str, str]) -> None:
+    """Asked not to think, Qwen3 reads an empty thought; without it the first token that it expects opens one."""
+    from train.gold import _asked  # here: TRL warns when it is imported
+
+    row, (student, teacher) = story_rows(1)[0], map(AutoTokenizer.from_pretrained, models)
+    teacher.chat_template = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
+    recipe = make_recipe(*models, method="kd").model_copy(update={"sampling": SamplingConfig(**QUIET)})
+    example = {**to_examples([row])[0], **_of_teacher(row, recipe)}
+    tokens = answered_row(example, example["completion"][0], student)
+    (told,) = told_prompts([tokens], [example], teacher).values()
+    assert teacher.decode(told) == _asked(example, teacher)
+    assert teacher.decode(told).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+
+
+TOLD = [
+    ("teacher", {"system": "The cat is Tom."}),
+    ("teacher", {"examples": [{"prompt": "Hi", "answer": "Hello"}]}),
+    ("sampling", QUIET),
+]
+
+
+@pytest.mark.parametrize(("section", "told"), TOLD)
 @pytest.mark.parametrize(
     ("train", "reads"),
     [
@@ -253,8 +276,9 @@ TOLD = [{"system": "The cat is Tom."}, {"examples": [{"prompt": "Hi", "answer": 
     ],
 )
 def test_what_a_teacher_is_told_while_training_is_in_the_fingerprint(
-    tmp_path: Path, train: dict[str, Any], reads: bool, told: dict[str, Any]
+    tmp_path: Path, train: dict[str, Any], reads: bool, section: str, told: dict[str, Any]
 ) -> None:
     run, recipe = make_run(tmp_path, story_rows(6)), make_recipe("student", **train)
-    other = recipe.model_copy(update={"teacher": TeacherConfig(model=recipe.teacher.model, **told)})
+    own = getattr(recipe, section)
+    other = recipe.model_copy(update={section: own.model_validate(own.model_dump(exclude_unset=True) | told)})
     assert (training_fingerprint(other, run) != training_fingerprint(recipe, run)) == reads
