@@ -71,7 +71,7 @@ def read_stored(
     if covered < LEAST * total:
         why = f"its tokenizer is not the student's; {OTHERS}"
         if any(row["stripped"] for row in shown):
-            why = "they begin with its reasoning; use train.reasoning: keep, or train.kd.teacher: local or served"
+            why = "they begin with its reasoning; use train.reasoning: keep, or train.method: lora or full"
         raise RecipeError(
             f"{path}: the teacher's tokens are those of {covered / total:.0%} of the answers' tokens: {why}"
         )

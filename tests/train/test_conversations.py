@@ -211,6 +211,28 @@ def test_reasoning_that_is_not_there_is_said(thoughts: int, status: str) -> None
     assert (checks["reasoning"].status, checks["reasoning"].value) == (status, thoughts)
 
 
+@pytest.mark.parametrize(
+    ("settings", "thoughts", "status"),
+    [
+        ({"method": "kd"}, 0, None),
+        ({"method": "kd"}, 1, "warn"),
+        ({"method": "gold"}, 1, "warn"),
+        ({"method": "kd", "kd": {"teacher": "served"}}, 1, "warn"),
+        ({"method": "kd", "kd": {"teacher": "stored"}}, 1, None),  # its tokens are compared
+        ({"method": "kd", "reasoning": "keep"}, 3, "pass"),
+        ({"method": "full"}, 1, None),
+    ],
+)
+def test_a_teacher_that_is_read_without_its_thoughts_is_told(
+    settings: dict[str, Any], thoughts: int, status: str | None
+) -> None:
+    rows = [kept_row(n, f"{n}?", "Four.", reasoning="Hm." if n < thoughts else "") for n in range(3)]
+    found = row_checks(Parts(rows[:1], rows[1:2], rows[2:]), {}, make_recipe("x", **settings))
+    check = {check.name: check for check in found}.get("reasoning")
+    assert (check and check.status) == status
+    assert status != "warn" or (check and "train.reasoning: keep" in check.fix)
+
+
 CONVERSATION = [Message("user", "One?"), Message("assistant", "First."), Message("user", "Two?")]
 
 

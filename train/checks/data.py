@@ -54,16 +54,25 @@ def row_checks(parts: Parts, lineage: Mapping[str, Any], recipe: Recipe) -> Iter
     yield parts_check(parts)
     yield from _filters(lineage.get("filters"), lineage.get("generate", {}), recipe.filters, rows)
 
-    if recipe.train.reasoning == "keep":
-        thoughts = sum(bool(row.reasoning) for row in rows)
-        finding, fix = f"{thoughts:,} of {count:,} answers have reasoning", "the student learns the others without any"
-        status: Status = "note" if thoughts else "warn"
-        yield graded("reasoning", thoughts, finding, passes=thoughts == count, otherwise=status, fix=fix)
-
+    yield from _reasoning(rows, recipe.train)
     cut = sum(row.finish_reason not in ("stop", "tool_calls") for row in rows)
     finding = f"{cut:,} of {count:,} answers were cut off (finish_reason is not stop)"
     fix = "the student learns to stop like that: filter with the rule finish_reason"
     yield graded("cut_off", cut, finding, passes=not cut, otherwise="note", fix=fix)
+
+
+def _reasoning(rows: Sequence[Kept], config: TrainConfig) -> Iterator[Check]:
+    """Whether there is reasoning to learn; without it a teacher that is read again must not have needed it."""
+    keep, reads = config.reasoning == "keep", config.soft and config.kd.teacher != "stored"
+    thoughts, count = sum(bool(row.reasoning) for row in rows) if keep or reads else 0, len(rows)
+    finding, fix = f"{thoughts:,} of {count:,} answers have reasoning", "the student learns the others without any"
+    if keep:
+        status: Status = "note" if thoughts else "warn"
+        yield graded("reasoning", thoughts, finding, passes=thoughts == count, otherwise=status, fix=fix)
+    elif thoughts:
+        finding += ", without which the teacher reads them now: where they begin, it says how it would begin to think"
+        fix = "set train.reasoning: keep, or train.method: lora or full, which learn from the text alone"
+        yield graded("reasoning", thoughts, finding, passes=False, otherwise="warn", fix=fix)
 
 
 def token_checks(prepared: "Prepared", ids: Iterable[str], config: TrainConfig) -> Iterator[Check]:
