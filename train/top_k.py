@@ -11,6 +11,7 @@ tokens are not the student's are found, and refused if they are many.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,10 @@ def read_stored(
     names = {} if not any(line.names for line in stored.values()) else token_names(tokenizer)
     known: TopK = {}
     covered = total = 0
-    for id_, row in zip(ids, rows, strict=True):
-        answer = answer_of(row)
-        likeliest, logprobs, told = _aligned(stored[id_], answer, names)
+    answers = [answer_of(row) for row in rows]
+    shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*answers, strict=False)))
+    for id_, row, answer in zip(ids, rows, answers, strict=True):
+        likeliest, logprobs, told = _aligned(stored[id_], answer, names, shared)
         known[key_of(row["input_ids"])] = likeliest, logprobs
         covered, total = covered + told, total + len(answer)
     if covered < LEAST * total:
@@ -80,22 +82,24 @@ def read_stored(
 
 
 def _aligned(
-    line: TokenLogprobs, answer: Sequence[int], names: dict[bytes, int]
+    line: TokenLogprobs, answer: Sequence[int], names: dict[bytes, int], shared: int
 ) -> tuple[NDArray[np.int32], NDArray[np.float16], int]:
     """A line's arrays by the student's ids and tokens, and how many tokens they tell of.
 
-    What the teacher says of a token holds if all tokens before it are the same.
+    What the teacher says of a token holds if all tokens before it are the same. `shared`: how many tokens all answers
+    begin with; among them are those that the student's template writes, as Qwen3's does an empty thought.
     """
     chosen, (likeliest, logprobs) = np.frombuffer(line.chosen, "<i4"), _arrays(line)
     if line.names:
         ids = np.array([*(names.get(name, -1) for name in line.names), -1], np.int32)  # the last one is for -1
         chosen, likeliest = ids[chosen], ids[likeliest]
-    same = 0
-    while same < min(len(chosen), len(answer)) and chosen[same] == answer[same]:
+    begin = next((place for place, token in enumerate(answer[: shared + 1]) if [token] == chosen[:1].tolist()), 0)
+    same, most = 0, min(len(chosen), len(answer) - begin)
+    while same < most and chosen[same] == answer[begin + same]:
         same += 1
-    told = min(same + 1, len(chosen), len(answer)) if same else 0
+    told = min(same + 1, most) if same else 0
     own = np.full((len(answer), line.top), -1, np.int32), np.zeros((len(answer), line.top), np.float16)
-    own[0][:told], own[1][:told] = likeliest[:told], logprobs[:told]
+    own[0][begin : begin + told], own[1][begin : begin + told] = likeliest[:told], logprobs[:told]
     return *own, told
 
 

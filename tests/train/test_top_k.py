@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import requests
 import torch
+import trl
 from msgspec.structs import replace
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from generate.logprobs import pack
@@ -16,9 +18,11 @@ from pipeline.records import Kept, encode_line
 from pipeline.rundir import RunDir
 from tests.servers.fake_vllm import scoring
 from tests.tiny_student import END, losses, make_recipe, make_run, story_rows, tiny_model
+from train.rows import to_examples
 from train.run import train_run
 from train.soft import top_k_divergence
-from train.top_k import endpoint_client, token_names
+from train.tokens import answered_row, key_of
+from train.top_k import endpoint_client, read_stored, token_names
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +119,26 @@ def test_few_tokens_stored_teach_too(models: tuple[str, str], tmp_path: Path, ca
     train_run(make_recipe(*models, method="kd", kd={"weights": "full", "teacher": "stored"}, learning_rate=1e-2), run)
     assert losses(run)[-1] < losses(run)[0]
     assert "the teacher's word on 9" in " ".join(capsys.readouterr().err.split())  # but for blanks after the stop token
+
+
+def test_what_is_stored_is_found_after_what_the_students_template_begins_an_answer_with(
+    models: tuple[str, str], tmp_path: Path
+) -> None:
+    """A teacher that is asked not to think writes no empty thought; by Qwen3's template an answer begins with one."""
+    rows, tokenizer, run = story_rows(6), AutoTokenizer.from_pretrained(models[0]), make_run(tmp_path / "run", [])
+    store(run, rows, models[1], 3)
+
+    def known() -> list[Any]:
+        tokens = [answered_row(one, one["completion"][0], tokenizer) for one in to_examples(rows)]
+        shown = [{"id": row.id, "stripped": False} for row in rows]
+        found = read_stored(run.logprobs, shown, tokens, tokenizer, Console(quiet=True))
+        return [found[key_of(row["input_ids"])] for row in tokens]
+
+    plain, begin = known(), len(tokenizer("<think>\n\n</think>\n\n")["input_ids"])
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
+    for (ids, logprobs), (own_ids, own_logprobs) in zip(plain, known(), strict=True):
+        assert (own_ids[:begin] == -1).all() and (ids >= 0).any()
+        assert (own_ids[begin:] == ids).all() and (own_logprobs[begin:] == logprobs).all()
 
 
 def test_answers_without_stored_logprobs_are_refused(models: tuple[str, str], tmp_path: Path) -> None:
