@@ -132,7 +132,7 @@ def evolve(
     known, stopped = set[str](), None  # the questions of all rounds: none is asked twice
     while not stopped and len(done) < rounds and (most is None or len(prompts) < most):
         number, lacking = len(done) + 1, len(prompts) if most is None else most - len(prompts)
-        asked = RunDir(folder / str(number), internal=True)
+        asked = RunDir(folder / str(number), internal=True, first=number == 1)
         parents = [prompt for prompt in prompts if prompt.messages[-1].role == "user"]  # not a tool's result
         made = (question(parent, seeds, number, recipe) for parent in parents[-lacking:])
         questions = {one.asked.id: one for one in made if one.asked.id not in known}

@@ -109,7 +109,8 @@ class Judge:
         failed for good in an earlier call is made again. Raises what `generate` raises; the next call goes on.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        runs = {number: RunDir(folder / str(number), internal=True) for number in range(1, self.config.attempts + 1)}
+        attempts = range(1, self.config.attempts + 1)
+        runs = {number: RunDir(folder / str(number), internal=True, first=number == 1) for number in attempts}
         verdicts = _earlier_verdicts(runs, read)  # by question
         questions: dict[str, str] = {}  # by the prompt's id
         unread: dict[str, Failure | None] = {}  # by question: how its last request failed

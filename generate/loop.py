@@ -244,7 +244,9 @@ class Loop:
             case EndRun():
                 if not self._ended_by:  # of many at once the first is told
                     # Answers in flight are paid for; those of a server that is down may never come.
-                    self._end(DistillError(verdict.message), grace_s=GRACE_S if endpoint.down_since else inf)
+                    section = self._run.recipe.teacher.section.replace("teacher", "sampling")
+                    message = verdict.message.replace("sampling.max_tokens", f"{section}.max_tokens")
+                    self._end(DistillError(message), grace_s=GRACE_S if endpoint.down_since else inf)
                     if counters.in_flight:
                         self._run.say(f"nothing new goes out; waiting for {counters.in_flight} requests in flight")
                     if verdict.name_models:
@@ -280,7 +282,7 @@ class Loop:
         if fault.error != "thought_cut_off":
             return len(self._held_back) + 1
         # Where some thoughts had room, others may need more. A stage that measures its models wants their silence, too.
-        if self._run.had_answers or self._run.dir.internal:
+        if self._run.had_answers or (self._run.dir.internal and not self._run.dir.first):
             return 0
         # The samples of one prompt that is too hard are one.
         return len({held[0].prompt_id for held in self._held_back} | {job.request.prompt_id})

@@ -74,8 +74,9 @@ def passes(recipe: Recipe, run: RunDir) -> Iterator[tuple[Recipe, RunDir]]:
 
 def pass_folders(run: RunDir, user: UserConfig) -> list[RunDir]:
     """The passes of a run, in order; the last is the run itself."""
-    sides = [f"{number}-{side}" for number in range(1, user.turns + 1) for side in ("teacher", "user")]
-    return [*(RunDir(run.path / "turns" / side, internal=True) for side in sides), run]
+    sides = [(number, side) for number in range(1, user.turns + 1) for side in ("teacher", "user")]
+    folder = run.path / "turns"
+    return [*(RunDir(folder / f"{number}-{side}", internal=True, first=number == 1) for number, side in sides), run]
 
 
 def turn_folders(run: RunDir) -> list[RunDir]:

@@ -17,7 +17,7 @@ from filters.diversity import Distinct, diversity
 from filters.evolve import HARDER, NEW, WAYS, describe, evolve, question, read_prompt
 from filters.minhash import jaccard
 from generate.prompts import iter_prompts
-from pipeline.errors import BudgetReached, UsageError
+from pipeline.errors import BudgetReached, DistillError, UsageError
 from pipeline.prompts_config import PromptsConfig
 from pipeline.recipe import Recipe
 from pipeline.records import Completion, Prompt, read_jsonl
@@ -29,6 +29,7 @@ from tests.servers.misbehaving_server import (
     Behaviour,
     MisbehavingServer,
     answer,
+    cut_thought,
     error,
     misbehaving,
     recipe_for,
@@ -56,6 +57,16 @@ def recipe_of(server: MisbehavingServer, folder: Path, **sections: object) -> Re
 
 def made(run: RunDir) -> list[Prompt]:
     return list(read_jsonl(run.path / "evolved.jsonl", Prompt))
+
+
+def test_thoughts_that_leave_no_room_for_a_prompt_end_the_first_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "SEEDS", 100)
+    words = r"thought_cut_off .* raise sampling\.max_tokens"
+    with misbehaving(lambda asked: cut_thought()) as server, pytest.raises(DistillError, match=words):
+        evolve(recipe_of(server, tmp_path), RunDir(tmp_path / "run"), rounds=2, quiet=True)
+    assert len(server.asked) < 50
 
 
 def test_each_round_asks_about_every_prompt_and_the_file_is_one_of_prompts(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from pipeline.recipe import Recipe
 from pipeline.records import Completion, Dropped, Kept, Message, Reason, encode_line, read_jsonl
 from pipeline.rundir import RunDir
 from tests.completion_fields import completion_fields
-from tests.servers.misbehaving_server import Asked, Behaviour, answer, error, misbehaving, recipe_for
+from tests.servers.misbehaving_server import Asked, Behaviour, answer, cut_thought, error, misbehaving, recipe_for
 
 CONFIG = JudgeConfig(rubric={"fluency": "natural", "fit": "for a child"})
 
@@ -281,6 +281,15 @@ def test_a_fix_is_named_by_the_judges_own_key(run: RunDir, section: str) -> None
     assert (asked_of(1, refused)["row0"].error or "").endswith(fix)
     with pytest.raises(DistillError, match=f"gives no answers: .*{re.escape(fix)}; the verdicts so far"):
         asked_of(30, refused)
+    with pytest.raises(DistillError, match=rf"20 requests .* thinking; raise {section}\.judge\.max_tokens"):
+        asked_of(40, thinking)
+
+
+def test_a_judge_that_never_comes_to_a_second_verdict_ends_nothing(run: RunDir) -> None:
+    """It can answer, and what it is asked again may be what it thinks longest about."""
+    with misbehaving(lambda asked: answer("?") if asked.body["temperature"] == 0 else cut_thought()) as server:
+        found = judged(judging(server), run, map(row, range(30)))
+    assert {one.score for one in found.values()} == {None}
 
 
 def test_a_judge_that_is_gone_half_way_is_named_and_asked_about_the_rest(run: RunDir) -> None:

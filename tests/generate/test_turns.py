@@ -29,6 +29,7 @@ from tests.servers.misbehaving_server import (
     MisbehavingServer,
     answer,
     completions,
+    cut_thought,
     error,
     misbehaving,
     recipe_for,
@@ -47,6 +48,16 @@ def talk(
     config = {"turns": turns, "model": "player", "base_url": user.url, "system": "You are in a hurry.", "max_tokens": 9}
     prompts = recipe.prompts.model_dump() | {"user": config}
     return Recipe.model_validate(recipe.model_dump() | {"prompts": prompts})
+
+
+def test_a_user_whose_thoughts_leave_no_room_ends_the_run_before_all_are_paid(run: RunDir) -> None:
+    with (
+        misbehaving(reply_of("teacher")) as teacher,
+        misbehaving(lambda asked: cut_thought()) as user,
+        pytest.raises(DistillError, match=r"thought_cut_off .* raise prompts\.user\.max_tokens"),
+    ):
+        generate(talk(teacher, user, 100), run, quiet=True)
+    assert len(user.asked) < 50 < len(teacher.asked)
 
 
 def test_the_last_record_holds_the_whole_conversation(run: RunDir) -> None:
