@@ -99,7 +99,19 @@ def _job(model: Model, conversation: Sequence[Message]) -> Job:
     """The request, by the client's own code. Each has another seed: the same question can be answered anew."""
     sampling = model.recipe.sampling.model_copy(update={"seed": secrets.randbelow(SEEDS)})
     recipe = model.recipe.model_copy(update={"sampling": sampling})
-    return next(build_jobs([Prompt(id="chat", messages=model.asked(conversation))], recipe))
+    return next(build_jobs([Prompt(id="chat", messages=model.asked(_without_thoughts(conversation)))], recipe))
+
+
+def _without_thoughts(conversation: Sequence[Message]) -> list[Message]:
+    """The turns as a model is shown them, without answers that were stopped in their thought, and their questions."""
+    turns = list[Message]()
+    for turn in conversation:
+        text = split_reasoning(turn.content)[1] if turn.role == "assistant" else turn.content
+        if text or turn.role != "assistant":
+            turns.append(Message(turn.role, text))
+        else:
+            del turns[-1:]
+    return turns
 
 
 def _cost(model: Model, usage: Usage) -> str:

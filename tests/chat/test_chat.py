@@ -81,6 +81,12 @@ def test_an_answer_comes_in_pieces_and_ends_with_its_figures() -> None:
     assert last.cost == "0.001014 USD" and free.cost == "own server"  # 1000 tokens at 1 USD per million, 7 at 2
 
 
+def test_a_thought_in_which_an_answer_was_stopped_is_not_sent_back() -> None:
+    with misbehaving(lambda asked: streaming("fine")) as server:
+        hear(model_at(server.url, AFTER), "hello", "<think>so", "why?", "<think>so</think>\n\nBeca", "go on")
+    assert [turn["content"] for turn in server.asked[0].body["messages"]] == ["Be brief.", "why?", "Beca", "go on"]
+
+
 def test_each_asking_has_a_seed_of_its_own() -> None:
     with misbehaving(lambda asked: streaming("fine")) as server:
         model = model_at(server.url)
