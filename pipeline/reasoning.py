@@ -1,8 +1,8 @@
 """What a model thought before it answered: told apart from the answer, and given to a chat template with it. Pure.
 
-Models that reason (DeepSeek-R1, Qwen3, QwQ) write `<think>…</think>` before the answer, and a server without a parser
-for it passes that on as text. `generate`, the judge and the evaluation read all models by `split_reasoning`; training
-and perplexity put the answers into templates by `answer_turn`.
+Models that reason (DeepSeek-R1, Qwen3, QwQ) write `<think>…</think>` before the answer, others have other tags, and a
+server without a parser for them passes that on as text. `generate`, the judge and the evaluation read all models by
+`split_reasoning`; training and perplexity put the answers into templates by `answer_turn`.
 """
 
 from typing import Any, Literal
@@ -12,6 +12,12 @@ from pipeline.train_config import TrainConfig
 from pipeline.turns_and_tools import template_turns
 
 OPEN, CLOSE = "<think>", "</think>"
+TAGS = {  # that models write around a thought
+    OPEN: CLOSE,
+    "<thought>": "</thought>",  # Gemini, if it is to show its thoughts, and EXAONE Deep
+    "[THINK]": "[/THINK]",  # Magistral
+    "<|channel>thought": "<channel|>",  # Gemma 4
+}
 Reasoning = Literal["reasoning_content", "content"]  # the field of an answer's turn that has the reasoning
 MADE_UP: dict[Reasoning | None, Json] = {  # answers to look at a template with
     "reasoning_content": {"role": "assistant", "content": "answer", "reasoning_content": "thought"},
@@ -27,11 +33,11 @@ def split_reasoning(text: str) -> tuple[str, str]:
     the model was cut off before it answered: the answer is empty.
     """
     start = text.lstrip()
-    opened = start.startswith(OPEN)
-    thought, closed, answer = start.removeprefix(OPEN).partition(CLOSE)
-    if not opened and (not closed or OPEN in thought):
-        return "", text
-    return thought.strip(), answer.lstrip()
+    for begin, end in TAGS.items():
+        thought, closed, answer = start.removeprefix(begin).partition(end)
+        if start.startswith(begin) or (closed and begin not in thought):
+            return thought.strip(), answer.lstrip()
+    return "", text
 
 
 def answer_turn(row: Completion, reasoning: Reasoning | None) -> Json:

@@ -20,6 +20,13 @@ from pipeline.reasoning import split_reasoning
         ("", "", ""),
         ("Write <think>so</think> to think.", "", "Write <think>so</think> to think."),  # talks of it
         ("I <think> so", "", "I <think> so"),
+        ("<thought>**Plan**\nhm</thought>Four.", "**Plan**\nhm", "Four."),
+        ("Two and two.\n</thought>\n\nFour.", "Two and two.", "Four."),
+        ("[THINK]hm[/THINK]Four.", "hm", "Four."),
+        ("<|channel>thought\nhm\n<channel|>Four.", "hm", "Four."),
+        ("<|channel>thought\nhm", "hm", ""),
+        ("<think>a </thought> b</think>Four.", "a </thought> b", "Four."),
+        ("Magistral writes [THINK]so[/THINK].", "", "Magistral writes [THINK]so[/THINK]."),
     ],
 )
 def test_reasoning_is_what_stands_before_the_answer(said: str, reasoning: str, answer: str) -> None:
