@@ -241,8 +241,8 @@ def _identifier() -> Any:
 def language(answer: Answer, settings: LanguageSettings) -> Reason | None:
     """Drops an answer in another language, or in one that is not certain enough, as py3langid says.
 
-    That is the maintained form of langid.py (Lui and Baldwin 2012): naive Bayes over byte n-grams, 97 languages, a
-    model of 5 MB in the package, no network. It takes about 1 ms per answer, and no recipe asks for it by default.
+    That is the maintained form of langid.py (Lui and Baldwin 2012): naive Bayes over byte n-grams. Its model
+    is in the package; no network. It takes about 1 ms per answer, and no recipe asks for it by default.
     """
     found, probability = _identifier().classify(answer.text)
     probability = float(probability)

@@ -213,9 +213,19 @@ def test_a_scripts_edges_are_counted(script: str, data: st.DataObject) -> None:
     assert count_script(text, script) == inside
 
 
-@pytest.mark.parametrize(("finish", "dropped"), [("stop", False), ("length", True), ("content_filter", True)])
-def test_finish_reason(finish: str, dropped: bool) -> None:
-    assert (reason("finish_reason", STORY, finish_reason=finish, allowed=["stop"]) is not None) == dropped
+@pytest.mark.parametrize(
+    ("finish", "allowed", "dropped"),
+    [
+        ("stop", "stop", False),
+        ("length", "stop", True),
+        ("content_filter", "stop", True),
+        ("tool_calls", "stop", False),
+        ("tool_calls", "tool_calls", False),
+        ("stop", "tool_calls", True),
+    ],
+)
+def test_finish_reason(finish: str, allowed: str, dropped: bool) -> None:
+    assert (reason("finish_reason", STORY, finish_reason=finish, allowed=[allowed]) is not None) == dropped
 
 
 def mutated(text: str, rng: random.Random) -> str:
@@ -367,6 +377,7 @@ def test_reasoning_can_be_required() -> None:
         ({"rule": "script_ratio", "script": "hangul", "min_share": 50}, "got 50"),
         ({"rule": "foreign_script", "scripts": ["elvish"]}, "filters.rules[0].scripts[0] is not a script"),
         ({"rule": "repetition", "top_ngrams": {2: 3}}, "filters.rules[0].top_ngrams"),
+        ({"rule": "language", "allowed": ["en", "english"]}, "allowed: no language english; there are ace, af, am, "),
         ({"rule": "meta_talk", "patterns": ["("]}, "is not a regular expression"),
         ({"rule": "adherence", "slots": ["hero"]}, "the prompts have no slot `hero`; there are character"),
         ({"rule": "function", "file": "nowhere.py", "name": "f"}, "nowhere.py: no such file"),

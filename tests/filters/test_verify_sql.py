@@ -40,6 +40,8 @@ def settings(shop: Path) -> RuleSettings:
             "passes",
         ),
         ("SELECT name FROM customers ORDER BY id", "SELECT name FROM customers -- ORDER BY id DESC", "passes"),
+        ("SELECT name FROM customers WHERE id < 3", "SELECT name FROM customers", "sql result"),
+        ("SELECT name FROM customers WHERE id < 3", "SELECT name FROM customers ORDER BY id", "sql result"),
         ("SELECT sum(total) / 3 * 3 FROM orders", "SELECT sum(total) FROM orders", "passes"),
         ("SELECT sum(total) + 1 FROM orders", "SELECT sum(total) FROM orders", "sql result"),
         ("SELECT 3.0, NULL", "SELECT 3, NULL", "passes"),
