@@ -106,13 +106,15 @@ def test_values_in_another_order_are_the_same(stage: Stage) -> None:
 def test_a_question_that_stands_there_several_times_leaves_each_answer_the_values_of_its_own_row(stage: Stage) -> None:
     values: list[dict[str, Any]] = [{"reference": n, "columns": {"from": f"row {n}", "n": n}} for n in range(40)]
     rows = [msgspec.structs.replace(completion(n, f"{n}"), prompt_id="p", **values[n]) for n in range(40)]
+    questions = QUESTION, [Message("user", "another question that stands there several times")]
+    rows += [msgspec.structs.replace(row, messages=questions[1]) for row in rows]
     changed = msgspec.structs.replace(rows[3], id="of a row that is there no more", reference="old")
     stage.rules([{"rule": "length", "min_chars": 1}], dedup=None)
     stage.completions(b"".join(map(encode_line, [*rows, changed])))
-    prompts(stage, *(Prompt(id="p", messages=QUESTION, **values[n]) for n in range(40)))
+    prompts(stage, *(Prompt(id="p", messages=asked, **values[n]) for n in range(40) for asked in questions))
     stage.filter()
     kept = list(read_jsonl(stage.run.kept, Kept))
-    assert [(row.reference, row.columns) for row in kept[:-1]] == [(n, values[n]["columns"]) for n in range(40)]
+    assert [(row.reference, row.columns) for row in kept[:-1]] == [(n, values[n]["columns"]) for n in range(40)] * 2
     assert (kept[-1].reference, kept[-1].columns) == (39, values[39]["columns"])  # the last one's
 
 

@@ -176,6 +176,15 @@ def test_a_request_that_failed_is_no_verdict_and_is_made_again(run: RunDir) -> N
     assert len(server.asked) == 3 + 1  # another attempt of the same call would bring the same
 
 
+def test_a_request_that_failed_and_was_answered_later_has_not_failed(run: RunDir) -> None:
+    replies = iter([error(400, "no"), answer("hm")])
+    with misbehaving(lambda _: next(replies)) as server:
+        recipe = judging(server, attempts=1)
+        assert judged(recipe, run, [row(1)])["row1"].error == "bad_request 400: no"
+        found = judged(recipe, run, [row(1)])["row1"]
+    assert (found.score, found.error) == (None, None)
+
+
 def test_a_row_with_a_verdict_is_left_alone(run: RunDir) -> None:
     """Its request failed in the first attempt, and the second brought the verdict: no later call asks again."""
 
@@ -470,7 +479,9 @@ def test_where_the_judge_fails_no_keep_rate_is_looked_at(tmp_path: Path) -> None
             main([str(tmp_path / "r.yaml"), "--run", str(run.path)])
 
 
-def judged_and_deduplicated(folder: Path, texts: list[str], scores: list[int]) -> tuple[RunDir, list[int]]:
+def judged_and_deduplicated(
+    folder: Path, texts: list[str], scores: list[int], *against: Path
+) -> tuple[RunDir, list[int]]:
     """A run whose answers have these texts and would get these scores; and which of them the judge was asked about."""
     run, asked = RunDir(folder / "run"), list[int]()
     run.path.mkdir()
@@ -482,7 +493,7 @@ def judged_and_deduplicated(folder: Path, texts: list[str], scores: list[int]) -
 
     with misbehaving(script) as server:
         recipe = judging(server)
-        filters = recipe.filters.model_copy(update={"dedup": DedupConfig()})
+        filters = recipe.filters.model_copy(update={"dedup": DedupConfig(against=list(against))})
         filter_run(recipe.model_copy(update={"filters": filters}), run, folder / "r.yaml")
     return run, sorted(asked)
 
@@ -513,6 +524,15 @@ def test_of_exact_copies_one_is_judged_and_stays(tmp_path: Path) -> None:
     assert fates(run) == {"row1": ("exact_duplicate", "row0"), "row2": ("exact_duplicate", "row0")}
     report = json.loads(run.filter_report.read_bytes())
     assert (report["kept"], report["dropped"], report["scores"]["judge"]) == (1, 2, {"4": 1})
+
+
+def test_what_another_run_kept_is_not_judged(tmp_path: Path) -> None:
+    other = RunDir(tmp_path / "other")
+    other.path.mkdir()
+    other.kept.write_bytes(encode_line(Kept(**completion_fields("theirs", "a good story"))))
+    run, asked = judged_and_deduplicated(tmp_path, ["A good story.", "Another tale."], [5, 5], other.path)
+    assert asked == [1] and [row.id for row in read_jsonl(run.kept, Kept)] == ["row1"]
+    assert fates(run) == {"row0": ("exact_duplicate", "theirs")}
 
 
 def test_copies_of_what_the_judge_drops_are_dropped(tmp_path: Path) -> None:

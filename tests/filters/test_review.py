@@ -333,8 +333,9 @@ def test_all_answers_of_a_run_are_as_many_as_were_asked_for(run: RunDir) -> None
 def test_agreement_is_with_what_the_filters_say_now(run: RunDir) -> None:
     with Session(run, size=93, seed=0) as session:
         while item := session.current:
-            session.record("accept" if item.stratum == KEPT else "reject")
+            session.record("accept" if item.stratum == KEPT else "reject", score=4 if item.stratum == KEPT else 2)
     judgements = [{"id": f"k{n}", "score": 4} for n in range(60)] + [{"id": f"j{n}", "score": 2} for n in range(3)]
+    judgements.append({"id": "l0", "score": None})
     lines = (json.dumps({**line, "version": "v", "attempts": 1}) + "\n" for line in judgements)
     run.judgements.write_text("".join(lines))
     recipe = load_recipe(recipe_path(run), [])
@@ -346,12 +347,16 @@ def test_agreement_is_with_what_the_filters_say_now(run: RunDir) -> None:
         "rules alone": (93, pytest.approx(60 / 63)),
         "judge alone": (63, 1.0),
     }
+    assert found.scores == {(4, 4): 60, (2, 2): 3}
     run.kept.write_bytes(b"".join(run.kept.read_bytes().splitlines(keepends=True)[:50]))  # filtered anew: ten are gone
     found = agreement(recipe, run)
     assert found and found.gone == 10 and found.agreements[0].cases == 83
     console = Console(record=True, width=100)
     print_agreement(found, console)
-    assert "10 no longer in the run" in console.export_text()
+    said = console.export_text()
+    assert "10 no longer in the run" in said and "weighted kappa (quadratic) 1.00, of 53 scores" in said
+    assert re.search(r"filters +│ +83 +│ 1\.00 \(\S+\) +│ 1\.00 \(", said)
+    assert re.search(r"4 +│ +│ +│ +│ 50", said), said
 
 
 def test_the_rules_alone_pass_what_only_select_or_duplicates_left_out(run: RunDir) -> None:

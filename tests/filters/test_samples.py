@@ -213,6 +213,21 @@ def test_one_of_a_prompts_answers_stays(stage: Stage, select: str, kept: list[st
         assert json.loads(stage.run.lineage.read_bytes())["filters"]["prompts"] == 2
 
 
+def test_the_best_is_that_of_the_highest_mean_and_no_score_is_the_lowest(stage: Stage) -> None:
+    code = """
+def first(answer, place=0):
+    score = answer.text.split()[place]
+    return None if score == "none" else (None, float(score))
+
+def second(answer):
+    return first(answer, 1)
+"""
+    stage.recipe.with_name("mine.py").write_text(code)
+    rules = [{**RIGHT, "name": name} for name in ("first", "second")]
+    stage.filter(answers("a", "none none", "0.2 0.6", "0.5 none", "0.4 0.5"), *rules, select="best")
+    assert stage.kept() == {"a2": {"first": 0.5}}
+
+
 def test_of_two_answers_with_one_number_the_newest_stays(stage: Stage) -> None:
     old, new = answers("a", "4", "is 4"), answers("a", "it is 4", "now it is 4", created="2026-01-02T00:00:00Z")
     strange = answers("b", "4", created="yesterday")
@@ -227,7 +242,8 @@ def test_of_two_answers_with_one_number_the_newest_stays(stage: Stage) -> None:
 
 def test_answers_to_another_question_that_had_the_id_before_are_another_prompts(stage: Stage) -> None:
     """Ids that number the rows of a file move when a row is put in."""
-    italy, spain = [Message("user", "capital of Italy?")], [Message("user", "capital of Spain?")]
+    system = Message("system", "Be brief.")
+    italy, spain = ([system, Message("user", f"capital of {land}?")] for land in ("Italy", "Spain"))
     turns = [[*spain, Message("assistant", text), Message("user", f"{text}?")] for text in ("Madrid", "Sevilla")]
     old = [msgspec.structs.replace(row, id=f"old {row.id}", messages=italy) for row in answers("0", "4", "4")]
     new = [msgspec.structs.replace(row, messages=turn) for row, turn in zip(answers("0", "4", "5"), turns, strict=True)]
@@ -301,6 +317,13 @@ def test_the_same_answer_to_another_prompt_is_a_duplicate_only_without_a_verifie
     assert [*stage.kept()] == ["a0"]
     stage.filter(rows, dedup={"near": 0.9, "of": "row"})
     assert [*stage.kept()] == ["a0", "b0"]
+
+
+def test_what_most_answers_do_not_say_makes_no_other_one_a_duplicate(stage: Stage) -> None:
+    steps = "First I count the cats on the wall, then those in the house, and I add the two numbers: "
+    rows = answers("a", *(f"{steps}{number}" for number in (5, 4, 4)))
+    stage.filter(rows, {"rule": "agrees"}, dedup={"near": 0.8})
+    assert [*stage.kept()] == ["a1"] and stage.dropped() == {"a0": "agrees", "a2": "exact_duplicate"}
 
 
 def test_pass_at_k_is_the_share_of_draws_with_a_right_answer() -> None:
@@ -401,12 +424,13 @@ def test_the_answers_of_all_prompts_are_looked_up_at_once(stage: Stage, monkeypa
 
 
 def test_an_answer_that_could_not_be_checked_is_no_wrong_one(stage: Stage) -> None:
-    """A choice without a reference to hold it against is `unverified`."""
-    rows = answers("a", "4", "5")
-    other = [Completion(**{**completion_fields("a2", "6"), "prompt_id": "a", "sample": 2})]
-    stage.filter([*rows, *other], {"rule": "choice", "reference": True}, preferences=9)
-    assert stage.dropped() == {"a1": "choice", "a2": "unverified"}
-    assert stage.run.preferences.read_bytes().count(b"\n") == (b'"a0:a1"' in stage.run.preferences.read_bytes())
+    """A choice without a reference to hold it against is `unverified`; what another rule drops, too, is wrong."""
+    rows = answers("a", "4", "5", "6", "much longer")
+    rows[2:] = [msgspec.structs.replace(row, reference=None) for row in rows[2:]]
+    stage.filter(rows, {"rule": "choice", "reference": True}, {"rule": "length", "max_chars": 5}, preferences=9)
+    assert stage.dropped() == {"a1": "choice", "a2": "unverified", "a3": "unverified"}
+    pairs = [json.loads(line)["id"] for line in stage.run.preferences.read_bytes().splitlines()]
+    assert pairs == ["a0:a1", "a0:a3"]
 
 
 def test_an_interrupted_run_leaves_the_old_preferences_too(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
