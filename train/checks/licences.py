@@ -110,7 +110,7 @@ def licence_check(teacher: str, terms: Terms | None, student: str) -> Check:
         return Check(name="licence", status="note", finding=finding, fix=fix)
     name = PurePosixPath(model_name(student)).name.lower()
     verdict = terms.verdict
-    if verdict == "forbidden" and terms.student and re.match(terms.student, name):
+    if terms.student and re.match(terms.student, name):  # only what is forbidden to others names a student
         verdict = "conditions"
     finding = f"{teacher}, {terms.name}: {terms.asks} ({terms.source}, read {licence_table().read}; not legal advice)"
     fixes = {"allowed": "", "conditions": "keep to it"}
