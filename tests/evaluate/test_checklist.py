@@ -137,6 +137,7 @@ REPORTS = {
     ("name", "changes", "status", "value"),
     [
         ("size ratio", {"checks": check("size_ratio", "pass", 3.0)}, "pass", 3.0),
+        ("size ratio", {"checks": check("size_ratio", "pass", 10.0)}, "pass", 10.0),
         ("size ratio", {"checks": check("size_ratio", "note", 2.8)}, "warn", 2.8),
         ("size ratio", {"checks": check("size_ratio", "warn", 10.1)}, "fail", 10.1),
         ("size ratio", {"checks": check("size_ratio", "fail", 0.9)}, "fail", 0.9),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from evaluate.document import Claim, Estimate, ModelReport, Scope, exactly
-from evaluate.figures.accuracy import VerifiedAnswers
+from evaluate.figures.accuracy import VerifiedAnswers, by_category, verified_samples
 from evaluate.figures.promise import claims, holds
 from evaluate.figures.quality import (
     Quality,
@@ -72,6 +72,10 @@ def test_distinct_n_by_hand() -> None:
         found = distinct(texts, n, draw(range(2)))
         assert found and found.value == pytest.approx(different / 7)
     assert distinct([[], []], 1, draw(range(2))) is None
+    # Ten words, three different: without the first text 2 of 2 are, without the second 1 of 8. By the jackknife the
+    # second text alone has 0.3 - (0.3 - 2 / 2 - (0.3 - 1 / 8)) / 2; the first one would be as far below, which is 0.
+    found = distinct([["a"] * 8, ["b", "c"]], 1, draw(range(2)))
+    assert found and sorted({*found.resampled.round(4).tolist()}) == [0, 0.3, 0.7375]
 
 
 def test_the_interval_of_distinct_n_is_around_the_figure() -> None:
@@ -119,6 +123,9 @@ def test_one_answer_looked_at() -> None:
     assert not short.values["stopped"] and short.values["named"] is None
     loop = assess(row_of("It ran up the hill and fell. " * 3), rules, wanted, None)
     assert loop.values["loops"] and loop.values["passing"]  # whether or not the recipe has the rule
+    off = dict.fromkeys(("duplicate_sentences", "duplicate_sentence_chars", "repeated_span"))
+    own = rules_of(recipe_of([{"rule": "repetition", "top_ngrams": {}, "duplicate_ngrams": {}, **off}]))
+    assert not assess(row_of("It ran up the hill and fell. " * 3), own, wanted, None).values["loops"]
     bare = recipe_of([])
     assert assess(row_of("Bear"), rules_of(bare), named_slots(bare, rules_of(bare)), None).values["passing"] is None
 
@@ -222,6 +229,8 @@ def test_a_difference_over_few_prompts_is_not_called_one(prompts: int, improved:
     assert figures["one"] and figures["other"]
     found = difference("passing", "other", "one", figures["other"], figures["one"], "higher", "all")
     assert found.change.low > 0 and found.improved is improved  # the interval alone would call it one
+    assert difference("named", "other", "one", figures["other"], figures["one"], None, "all").improved is None
+    assert difference("passing", "other", "one", figures["one"], figures["one"], "higher", "all").improved is None
     texts = [["a"], ["b"], ["c"]]
     different = distinct(texts, 1, draw(range(3)))
     assert different and different.prompts == 3
@@ -430,6 +439,27 @@ def test_wrong_answers_to_unseen_prompts_stand_apart() -> None:
     parts: dict[Scope, list[Prompt]] = {"verified": test, "verified_unseen": unseen}
     found = VerifiedAnswers({}, {"student_after": reasons, "teacher": {id_: [] for id_ in reasons}}, parts, {})
     assert found.wrong() == {"student_after": {"sql: result": 0.125, "sql: error, unseen": 1.0}, "teacher": {}}
+
+
+def test_categories_and_samples_tell_unseen_prompts_apart() -> None:
+    test, unseen = (
+        [Prompt(id=f"{name}{n}", messages=[], columns={"kind": "sum"}) for n in range(count)]
+        for name, count in (("t", 30), ("u", 10))
+    )
+    ids = [prompt.id for prompt in (*test, *unseen)]
+    reasons = {id_: [Reason(rule="mine", what="rows")] if id_ in ("t0", "u0") else [] for id_ in ids}
+    answers = {"student_after": {id_: row_of("SELECT 1") for id_ in ids}}
+    parts: dict[Scope, list[Prompt]] = {"verified": test, "verified_unseen": unseen}
+    found = VerifiedAnswers(answers, {"student_after": reasons}, parts, {id_: id_ for id_ in ids})
+    shares = by_category(found, PromptsConfig(file=Path("x.jsonl")), "kind")
+    assert {name: own["student_after"].value for name, own in shares.items()} == {
+        "sum": pytest.approx(29 / 30),
+        "sum, unseen": 0.9,
+    }
+    samples = verified_samples(found, {"student_after": "student"})
+    assert [sample.part for sample in samples] == ["verified"] * 14 + ["verified_unseen"] * 6
+    shown = [sample.answers[0] for sample in samples[:2]]
+    assert [(one.right, one.dropped_by) for one in shown] == [(False, {"mine": "rows"}), (True, {})]
 
 
 def test_the_share_of_right_answers_to_groups_is_less_sure() -> None:

@@ -392,6 +392,7 @@ def test_right_answers_are_the_quality_where_they_are_verified(
     assert [claim.name for claim in report.headline.claims] == ["quality_accuracy", "size", "speed", "memory"]
     speed = report.headline.claims[2].value
     assert speed and speed.value == pytest.approx(3)
+    assert figure(report, "student_after", "answers_per_s", "engine") == 9  # one of ten requests failed
     assert report.headline.text.startswith("student: right answers 0% → 80% (teacher 90%)")
     gains = {(d.against, d.figure) for d in report.differences if d.part == "verified" and d.improved}
     assert gains == {("student_before", "accuracy")}
