@@ -90,7 +90,7 @@ def _same(mine: Rows, gold: Rows, ordered: bool, tolerance: float | None) -> boo
 
 def _sort_key(row: Sequence[Any]) -> list[tuple[int, Any]]:
     """NULL, numbers by size, texts, blobs."""
-    return [(_TYPES[type(value)], 0 if value is None else value) for value in row]
+    return [(_TYPES[type(value)], value) for value in row]
 
 
 def _same_row(mine: Sequence[Any], gold: Sequence[Any], tolerance: float | None) -> bool:

@@ -6,6 +6,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -154,6 +155,8 @@ def test_prompt_echo_looks_at_the_last_user_message() -> None:
         usage=Usage(), latency_s=0, attempts=1, created="",
     )  # fmt: skip
     assert as_answer(row).instruction == "second question"
+    tool = msgspec.structs.replace(row, messages=[*row.messages, Message("assistant", ""), Message("tool", "on")])
+    assert as_answer(tool).instruction == "second question"
 
 
 @pytest.mark.parametrize(

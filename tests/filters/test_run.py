@@ -292,6 +292,20 @@ def test_the_lineage_is_replaced_with_the_other_files_or_not_at_all(
     assert stage.files() == old
 
 
+def test_what_takes_the_places_of_files_is_on_disk_before(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, sync = dict[str, int](), os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced[Path(f"/proc/self/fd/{descriptor}").readlink().name] = os.fstat(descriptor).st_size
+        sync(descriptor)
+
+    monkeypatch.setattr("os.fsync", noted)
+    stage.completions()
+    stage.filter()
+    for path in (stage.run.kept, stage.run.dropped, stage.run.filter_report, stage.run.lineage):
+        assert synced[f"{path.name}.tmp"] == path.stat().st_size > 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_between_the_renames_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     paths = [tmp_path / "kept", tmp_path / "dropped"]

@@ -367,7 +367,9 @@ def test_where_one_answer_stays_the_keep_rate_is_that_of_prompts(
     rows = [*answers("a", "4", "so 4", "5"), *answers("b", "5", "4", "6")]
     stage.filter(rows, RIGHT, select="first", min_keep_rate=0.9)  # 2 of 6 answers, but all prompts
     assert capsys.readouterr().err == ""
-    stage.filter([*rows, *answers("c", "5")], RIGHT, select="first", warn_keep_rate=0.7)
+    more = answers("c", "5", *(f"so {number}" for number in range(10, 20)))
+    stage.filter([*rows, *answers("a", *["4"] * 15), *more], RIGHT, select="first", warn_keep_rate=0.7)
+    assert list(stage.dropped().values()).count("select") > list(stage.dropped().values()).count("right")
     assert (
         "warning: keep rate by prompt 66.7% is under 70% (filters.warn_keep_rate); right drops"
         in capsys.readouterr().err

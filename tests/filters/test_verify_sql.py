@@ -33,6 +33,8 @@ def settings(shop: Path) -> RuleSettings:
         (f"```sql\n{CITIES};\n```", CITIES, "passes"),
         ("SELECT city AS town, sum(1) FROM customers GROUP BY 1 ORDER BY 2", CITIES, "passes"),
         ("SELECT count(*), city FROM customers GROUP BY city", CITIES, "sql result"),
+        ("SELECT name, city FROM customers", "SELECT name FROM customers", "sql result"),
+        ("SELECT NULL, 2 UNION ALL SELECT NULL, 1", "SELECT NULL, 1 UNION ALL SELECT NULL, 2", "passes"),
         ("SELECT name FROM customers ORDER BY id", "SELECT name FROM customers ORDER BY id DESC", "sql result"),
         (
             "SELECT name FROM customers ORDER BY id",
