@@ -140,6 +140,7 @@ def test_every_model_is_served_once_and_compared(
     assert gains["student_before", "named", "all"].change.low > 0 and gains["teacher", "named", "all"].change.high < 0
     assert {one.improved for one in gains.values()} == {None}  # seven prompts are too few
     assert any("over fewer than 20 prompts" in note for note in report.notes)
+    assert any("the teacher's own, which favours the teacher" in note for note in report.notes)
     assert ("student_before", "perplexity", "test") in gains and ("teacher", "perplexity", "unseen") in gains
     claims = {claim.name: claim for claim in report.headline.claims}
     assert claims["speed"].value and claims["speed"].value.value == 3
@@ -255,8 +256,16 @@ def test_a_teacher_elsewhere_answers_where_it_is_only_if_asked_to(
         assert note in capsys.readouterr().err
         assert server.asked == [] and "all" not in silent.models[0].figures
         assert any("evaluate.ask_teacher" in note for note in silent.notes)
-        said = evaluate_run(recipe_of(tmp_path, teacher=away, evaluate={"ask_teacher": True}), run, PATH)
-        assert note not in capsys.readouterr().err
+        tasks = list[str]()
+        monkeypatch.setattr(evaluate.run, "find_command", lambda: "lm_eval")
+        monkeypatch.setattr(
+            evaluate.run,
+            "measure_tasks",
+            lambda recipe, server, folder: tasks.append(server.served_name) or TaskResult(scores={}),
+        )
+        asking = {"ask_teacher": True, "lm_eval": ["ifeval"]}
+        said = evaluate_run(recipe_of(tmp_path, teacher=away, evaluate=asking), run, PATH)
+        assert note not in capsys.readouterr().err and tasks == ["student_before", "student_after"]
         assert len(server.asked) == 7 and {asked.body["model"] for asked in server.asked} == {"gpt"}
     assert figure(said, "teacher", "passing") == 1 and said.models[0].figure("test", "perplexity") is None
     assert said.models[2].figure("unseen", "perplexity")  # of the teacher's answers, wherever they come from
