@@ -295,6 +295,7 @@ def test_a_pattern_that_never_ends_costs_its_row_only() -> None:
         ("\\boxed{x = 50\\%}", "0.5", "passes", "0.5"),
         ("I do not know.", "4", "math value", None),
         ("The answer is 5.", None, "unverified math", None),
+        ("I do not know.", " ", "unverified math", None),
         ("\\boxed{9^{9^{9}}}", "4", "unverified math", None),
         ("\\boxed{(10^9)!}", "4", "unverified math", None),
     ],

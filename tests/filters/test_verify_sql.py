@@ -13,6 +13,7 @@ from filters.verify import worker
 from tests.filters.verifying import SHOP, outcome, settings_of, verify
 
 CITIES = "SELECT city, count(*) FROM customers GROUP BY city"
+NUMBERS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i FROM n"
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,8 @@ def settings(shop: Path) -> RuleSettings:
         ("SELECT city AS town, sum(1) FROM customers GROUP BY 1 ORDER BY 2", CITIES, "passes"),
         ("SELECT count(*), city FROM customers GROUP BY city", CITIES, "sql result"),
         ("SELECT name, city FROM customers", "SELECT name FROM customers", "sql result"),
+        ("SELECT 9e999", "SELECT 9e999", "passes"),
+        ("SELECT 1.5", "SELECT 9e999", "sql result"),
         ("SELECT NULL, 2 UNION ALL SELECT NULL, 1", "SELECT NULL, 1 UNION ALL SELECT NULL, 2", "passes"),
         ("SELECT name FROM customers ORDER BY id", "SELECT name FROM customers ORDER BY id DESC", "sql result"),
         (
@@ -84,7 +87,9 @@ def settings(shop: Path) -> RuleSettings:
         (f"{'-' * 80}\n/* a */ -- b\nEXPLAIN SELECT 1", None, "sql statement"),
         ("SELECT count(*) FROM orders a, orders b, orders c, orders d", "SELECT 1", "sql time"),
         ("SELECT * FROM orders a, orders b, orders c", "SELECT 1", "sql size"),
-        ("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i FROM n) SELECT max(i) FROM n", "SELECT 1", "sql time"),
+        (f"{NUMBERS} LIMIT 10001) SELECT i FROM n", "SELECT 1", "sql size"),
+        (f"{NUMBERS} LIMIT 2000) SELECT printf('%.*c', 1000, 'x') FROM n", "SELECT 1", "sql size"),
+        (f"{NUMBERS}) SELECT max(i) FROM n", "SELECT 1", "sql time"),
         ("SELECT " + "(" * 10_000 + "1" + ")" * 10_000, "SELECT 1", "sql error"),
         ("SELECT printf('%.*c', 2000000000, 'x')", "SELECT 1", "unverified sql"),
     ],
@@ -101,6 +106,12 @@ def test_results_of_the_same_rows_are_the_same(settings: RuleSettings) -> None:
     )
     assert one == other != third
     assert one == '["Ada"]\n["Bo"]\n["Cy"]'
+    assert (
+        verify("sql", "SELECT 0.1 + 0.2, 3.0, 1.5, NULL, x'0a'", settings).result
+        == '[0.3, 3, 1.5, null, {"blob": "0a"}]'
+    )
+    long = verify("sql", "SELECT printf('%.*c', 200, 'x')", settings).result
+    assert long is not None and len(long) == 32  # a hash
 
 
 def test_a_query_that_must_find_something(shop: Path) -> None:
