@@ -73,11 +73,13 @@ def test_an_answer_comes_in_pieces_and_ends_with_its_figures() -> None:
     price = {"teacher": {"model": "m", "price": {"input": 1.0, "output": 2.0}}}
     with misbehaving(lambda asked: streaming("<think>so", "</think>", "Yes.", every_s=0.02)) as server:
         price["teacher"]["base_url"] = server.url
+        begin = time.perf_counter()
         pieces, last = hear(model_at(server.url, **price), "why?")
+        took = time.perf_counter() - begin
         _, free = hear(model_at(server.url, AFTER), "why?")
     assert pieces == ["<think>so", "</think>", "Yes."]
     assert (last.text, last.reasoning, last.finish_reason, last.tokens) == ("Yes.", "so", "stop", 7)
-    assert 0 < last.first_token_s < 7 / last.tokens_per_s
+    assert 0 < last.first_token_s < 7 / last.tokens_per_s < took
     assert last.cost == "0.001014 USD" and free.cost == "own server"  # 1000 tokens at 1 USD per million, 7 at 2
 
 
@@ -105,9 +107,13 @@ def test_a_server_that_does_not_stream_or_count_is_heard_too() -> None:
 def test_a_usage_that_is_no_count_and_a_text_of_parts_lose_no_answer() -> None:
     price = {"teacher": {"model": "m", "price": {"input": 1.0, "output": 2.0}}}
     parts = [{"type": "text", "text": "of "}, {"type": "text", "text": "parts"}]
-    with misbehaving(lambda asked: streaming(parts, usage={"completion_tokens": "many"})) as server:
+    replies = iter([streaming(parts, usage={"completion_tokens": n}) for n in ("many", 1)])
+    with misbehaving(lambda asked: next(replies)) as server:
         price["teacher"]["base_url"] = server.url
         pieces, last = hear(model_at(server.url, **price), "hello")
+        assert (
+            hear(model_at(server.url, **price), "hello")[1].cost == last.cost
+        )  # of the prompt's tokens nothing is said
     assert (pieces, last.text, last.tokens, last.cost) == (["of parts"], "of parts", 1, "tokens not counted")
     thought = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}]
     with misbehaving(lambda asked: streaming(thought, parts)) as server:

@@ -24,6 +24,16 @@ def test_a_dollar_more_bought_something() -> None:
     assert lines[2:] == ["accuracy: +0.1 for each USD that b cost more than a"]
 
 
+def test_a_dollar_more_bought_nothing_that_is_sure_or_lowered_the_perplexity() -> None:
+    unsure = difference("accuracy", "b", "a", ONE, ONE, "higher", "test")
+    lower = difference("perplexity", "b", "a", OTHER, ONE, "lower", "test")
+    lines = list(_money({"a": {"usd": 1.0}, "b": {"usd": 3.0}}, [unsure, lower]))
+    assert lines[2:] == [
+        "accuracy: 2.00 USD more made no significant difference",
+        "perplexity: +0.1 for each USD that b cost more than a",
+    ]
+
+
 @pytest.mark.parametrize(
     ("last", "before", "usd"), [(0.5, 0.25, 0.75), (0.5, None, None), (None, 0.25, None), (0.0, 0.25, 0.25)]
 )
