@@ -397,8 +397,15 @@ def test_one_timing_shows_no_speed_and_misses_none(rate: float) -> None:
 def test_an_axis_without_a_figure_leaves_the_promise_open() -> None:
     found = promise((figure(0.5), figure(0.5)), (figure(0.9), figure(0.9)), tokens_per_s=None)
     assert found["speed"].verdict == "not measured" and holds(list(found.values())) is None
+    unknown = promise((figure(0.5), figure(0.5)), (figure(0.9), figure(0.9)), parameters=None, weights_mib=None)
+    assert [unknown[name].verdict for name in ("size", "speed", "memory")] == ["not measured", "yes", "not measured"]
     nothing = promise((figure(0.5), figure(0.5)), (figure(0.0), figure(0.4)))  # the teacher passes nothing
     assert nothing["quality_probes"].value is None and nothing["quality_probes"].verdict == "not measured"
+
+
+def test_few_bits_per_character_are_no_few_right_answers() -> None:
+    bits = replace(figure(0.3), prompts=60)
+    assert promise((bits, bits), (figure(0.9), figure(0.9)))["quality_bits"].verdict == "yes"
 
 
 def test_a_judge_s_quality_counts_from_the_least_score() -> None:
