@@ -7,19 +7,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from generate.budget import Account, Budget, Spend, read_account, spent_in
+from generate.budget import Account, Budget, Spend, read_account, shared_budget, spent_in, spent_so_far
 from generate.dry_run import describe, dry_run
 from generate.jobs import Partition
-from generate.journal import Contents
+from generate.journal import Contents, Journal
 from generate.prices import PICO, Price, price_of
 from generate.run import generate
 from generate.tokens import TEMPLATE_TOKENS
 from pipeline.errors import BudgetReached, DataError
 from pipeline.lineage import read_lineage
 from pipeline.recipe import Recipe
-from pipeline.records import Usage
+from pipeline.records import Completion, Usage
 from pipeline.rundir import RunDir
 from pipeline.section import BudgetConfig
+from tests.completion_fields import completion_fields
 from tests.servers.misbehaving_server import Asked, Behaviour, answer, misbehaving, recipe_for
 
 PRICE = Price(input=2, output=10)  # pico-dollars a token
@@ -40,12 +41,21 @@ def test_an_answer_gives_back_what_it_did_not_use() -> None:
     assert budget.reserve(body_bytes=700, max_tokens=50) is not None
 
 
+@pytest.mark.parametrize("config", [BudgetConfig(tokens=214), BudgetConfig(usd=828 / PICO)])
+def test_a_budget_covers_a_request_that_can_cost_all_of_it(config: BudgetConfig) -> None:
+    budget = Budget(config, PRICE, Spend())
+    assert budget.reserve(100, 50) is not None
+    assert budget.reserve(0, 1) is None
+
+
 @pytest.mark.parametrize(
     ("said", "billed", "spent"),
     [
         (usage(20, 30), True, Spend(50, 340)),
         (None, True, Spend(214, 828)),  # a timeout: it may have been worked for
         (usage(20, None), True, Spend(214, 828)),
+        (usage(None, 30), True, Spend(214, 828)),
+        (usage(1000, None), True, Spend(1000, 2000)),  # more than the bound already
         (None, False, Spend(0, 0)),  # refused before any work
     ],
 )
@@ -197,6 +207,27 @@ def test_a_new_price_is_on_disk_before_anything_is_spent_at_it(tmp_path: Path) -
     Budget.open(priced(1.0), run, MILLION)
     saved = json.loads((tmp_path / "spend.json").read_bytes())
     assert (saved["journal_cost"], saved["price"]) == (round(4.8 * PICO), [10**6, 10**6])
+
+
+def test_a_line_taken_out_of_the_journal_gives_no_money_back(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    Budget.open(priced(2.4), run, Contents())
+    Budget.open(priced(2.4), run, MILLION)
+    assert spent_in(run, Contents(prompt_tokens=10**5, completion_tokens=10**5)).cost == round(4.8 * PICO)
+
+
+def test_a_shared_budget_keeps_its_limits_and_counts_what_the_others_have_spent(tmp_path: Path) -> None:
+    run, other = RunDir(tmp_path / "run"), RunDir(tmp_path / "other")
+    limits = BudgetConfig(usd=5, tokens=3 * 10**6)
+    for folder in (run, other):
+        folder.path.mkdir()
+        Budget.open(priced(2.4), folder, Contents())
+    assert shared_budget(limits, [other]) == limits
+    with Journal(other.completions, Completion) as journal:
+        journal.append(Completion(**completion_fields("a", "text", usage=usage(10**6, 10**6))))
+    shared = shared_budget(limits, [other])
+    assert (shared.usd, shared.tokens) == (limits.usd, limits.tokens)
+    assert spent_so_far(shared, run, Contents()) == Spend(2 * 10**6, round(4.8 * PICO))
 
 
 def test_answers_that_came_while_no_price_was_known_stay_free(tmp_path: Path) -> None:
