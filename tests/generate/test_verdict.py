@@ -11,7 +11,18 @@ from generate.client import read_exception
 from generate.dialect import Dialect
 from generate.jobs import Job
 from generate.reply import Answer, Fault, read_answer, read_error
-from generate.verdict import FAILURES_IN_ROW, QUIET_S, REFUSED_ALIKE, EndRun, Fail, Pause, Retry, State, decide
+from generate.verdict import (
+    FAILURES_IN_ROW,
+    QUIET_S,
+    REFUSED_ALIKE,
+    EndRun,
+    Fail,
+    Pause,
+    Retry,
+    State,
+    decide,
+    speaks_of_endpoint,
+)
 from pipeline.generate_config import GenerateConfig
 from pipeline.records import Message, Request
 
@@ -247,11 +258,23 @@ def test_each_row_is_what_decide_says(reply: str, kind: str, verdict: str) -> No
         (error(403), {"refused_alike": 1}, Fail(held_back=True)),
         (error(403), {"refused_alike": 0}, Fail(held_back=False)),
         (said(""), {"refused_alike": 5}, Fail(held_back=False)),
+        (error(400), {"others_up": True}, Fail()),  # another endpoint would say the same
+        (error(500), {"others_up": True}, Retry(0.0, step=1)),
     ],
 )
 def test_how_long_and_whose_fault(fault: Fault, known: dict[str, Any], verdict: object) -> None:
     job = asked(known.pop("attempts", 1))
     assert decide(fault, job, State("http://e/v1", **known), CONFIG) == verdict
+
+
+@pytest.mark.parametrize(
+    ("fault", "speaks"),
+    [(error(500), True), (broken(refused_connection()), True), (broken(TimeoutError()), True)]
+    + [(fault, False) for fault in (error(400), error(401), error(402), error(429), said(""))]
+    + [(Fault("missing_choice", "2 of 4 choices came", 200), False)],
+)
+def test_what_is_a_sign_that_the_endpoint_is_down(fault: Fault, speaks: bool) -> None:
+    assert speaks_of_endpoint(fault) == speaks
 
 
 def test_the_end_of_a_run_names_what_to_fix() -> None:
