@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import threading
 import time
 from collections import deque
@@ -12,6 +13,7 @@ import pytest
 from aiohttp import web
 from tenacity import wait_fixed
 
+from generate import loop
 from generate.endpoint import Endpoint
 from generate.jobs import WHOLE, Partition
 from generate.run import generate
@@ -26,6 +28,7 @@ from tests.servers.misbehaving_server import (
     completions,
     error,
     failures,
+    held_until,
     misbehaving,
     one_bad,
     raw,
@@ -390,3 +393,27 @@ def test_failures_of_an_internal_run_are_left_to_its_stage(
     with misbehaving(one_bad(error(400, "too long"))) as server:
         generate(recipe_for(server), RunDir(tmp_path / "run", internal=internal), quiet=True)
     assert ("too long" in capsys.readouterr().err) != internal
+
+
+def test_answers_are_on_disk_while_the_run_goes_on(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut costs at most the last interval: the second answer waits until the first is on disk."""
+    on_disk, sync = threading.Event(), os.fsync
+
+    def note_sync(handle: int) -> None:
+        sync(handle)
+        if run.completions.stat().st_size and os.path.samestat(os.fstat(handle), run.completions.stat()):
+            on_disk.set()
+
+    monkeypatch.setattr(loop, "SYNC_INTERVAL_S", 0.01)
+    monkeypatch.setattr(os, "fsync", note_sync)
+    with misbehaving(lambda asked: answer() if asked.text == "say 0" else held_until(on_disk)) as server:
+        assert generate(recipe_for(server, 2), run, quiet=True).answered == 2
+
+
+@pytest.mark.timeout(20)
+def test_tokens_that_an_answer_did_not_take_are_free_for_the_next(run: RunDir) -> None:
+    """Estimates of 30,000 tokens, of which 12 are used; by the estimates the second request waits for five minutes."""
+    config = {"tokens_per_minute": 6100, "concurrency": 1}
+    with misbehaving() as server:
+        recipe = recipe_for(server, 3, sampling={"max_tokens": 30_000}, generate=config)
+        assert generate(recipe, run, quiet=True).answered == 3

@@ -93,6 +93,24 @@ def test_a_bad_line_before_the_end_is_an_error_and_nothing_is_changed(tmp_path: 
     assert path.read_bytes() == before
 
 
+def test_what_is_synced_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, sizes, sync = tmp_path / "c.jsonl", list[int](), os.fsync
+
+    def note_sync(handle: int) -> None:
+        assert os.path.samestat(os.fstat(handle), path.stat())
+        sizes.append(path.stat().st_size)
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    line = len(encode_line(completion("a")))
+    with Journal(path, Completion) as journal:
+        journal.append(completion("a"))
+        journal.sync()
+        journal.sync()  # nothing is new
+        journal.append(completion("b"))
+    assert sizes == [line, 2 * line]
+
+
 def test_a_full_disk_is_one_error_and_what_was_written_stays_whole(tmp_path: Path) -> None:
     """A limit on the file's size stands for the disk: the kernel takes half of the line, then refuses."""
     path = tmp_path / "c.jsonl"

@@ -1,6 +1,8 @@
 """The driver and its workers without Ray: actors in the event loop of the test, that die or freeze when told."""
 
 import asyncio
+import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,6 +22,7 @@ from pipeline.rundir import RunDir
 from scale import generation, worker
 from scale.cluster import Lost, Node
 from scale.generation import Driver
+from scale.parts import read_part
 from scale.storage import Folder, Store, open_store
 from scale.worker import Worker
 from tests.servers.misbehaving_server import (
@@ -208,6 +211,31 @@ async def test_a_store_that_is_away_for_some_seconds_does_not_end_it(
         await drive(recipe_for(server, 200, budget={"tokens": 60_000}), run, FakeCluster(2), store=store)
         assert len(server.asked) == 200
     assert whole(run, 200)
+
+
+async def test_a_part_goes_once_its_answers_are_on_disk(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync, delete, on_disk, lost = os.fsync, Folder.delete, [b""], list[set[str]]()
+
+    def note_sync(handle: int) -> None:
+        written = run.completions.read_bytes()
+        sync(handle)
+        if os.path.samestat(os.fstat(handle), run.completions.stat()):
+            on_disk.append(written)
+
+    def note_delete(self: Folder, name: str) -> None:
+        if name.startswith("parts/completions/"):
+            lost.append({*map(id_of, read_part(self, name))} - {*map(id_of, on_disk[-1].splitlines())})
+        delete(self, name)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(Folder, "delete", note_delete)
+    with misbehaving() as server:
+        assert (await drive(recipe_for(server, 60), run, FakeCluster(1))).answered == 60
+    assert lost and not any(lost)
+
+
+def id_of(line: bytes) -> str:
+    return str(json.loads(line)["id"])
 
 
 async def test_a_frozen_node_loses_its_lease_and_what_it_writes_late_is_dropped_or_counts_once(run: RunDir) -> None:
