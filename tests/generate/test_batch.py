@@ -1,6 +1,7 @@
 """The Batch API against a faithful fake: each request answered once, whatever ends, fails, is lost or is killed."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -375,6 +376,41 @@ def test_an_error_of_the_openai_package_hides_secrets(
 def test_a_wrong_key_is_one_line(run: RunDir) -> None:
     with fake_batches(unauthorized=True) as fake, pytest.raises(DistillError, match=r"401 \(Incorrect API key"):
         generate(batch_recipe(fake), run, quiet=True)
+
+
+def test_a_quota_that_is_used_up_is_told_at_once(run: RunDir) -> None:
+    with fake_batches(no_quota=True) as fake:
+        with pytest.raises(DistillError, match=r"the quota is used up \(You exceeded your current quota\); top it up"):
+            generate(batch_recipe(fake), run, quiet=True)
+        assert fake.calls["upload"] == 1
+
+
+def test_a_batch_that_fails_as_a_whole_ends_the_call_and_costs_nothing(run: RunDir) -> None:
+    """Its requests were never at work: that is no attempt of theirs."""
+    with fake_batches(unknown_model=1) as fake:
+        recipe = batch_recipe(fake, 4, teacher=priced(fake))
+        recipe = recipe.model_copy(update={"generate": recipe.generate.model_copy(update={"max_attempts": 1})})
+        with pytest.raises(DistillError, match=r"batch batch_1 failed: model_not_found: The model `m` does not exist"):
+            generate(recipe, run, quiet=True)
+        assert (completions(run), failures(run)) == ([], [])
+        again = generate(recipe, run, quiet=True)
+        assert (again.answered, again.cost_usd, len(fake.batches)) == (4, 4 * 6, 2)
+
+
+def test_a_batch_counts_as_collected_once_its_answers_are_on_disk(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_disk, collected, sync = dict[str, int](), list[bool](), os.fsync
+
+    def note_sync(handle: int) -> None:
+        path = Path(f"/proc/self/fd/{handle}").resolve()
+        if path.name.startswith("state.json") and '"collected": true' in path.read_text():
+            collected.append(on_disk.get(run.completions.name) == run.completions.stat().st_size)
+        sync(handle)
+        on_disk[path.name] = path.stat().st_size
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    with fake_batches() as fake:
+        generate(batch_recipe(fake, 4), run, quiet=True)
+    assert collected and all(collected)
 
 
 def test_one_endpoint_only(run: RunDir) -> None:

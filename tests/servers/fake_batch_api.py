@@ -43,6 +43,8 @@ class FakeBatches:
     most_live: int = 99  # batches that may be enqueued; more fail with token_limit_exceeded
     page: int = 2
     unauthorized: bool = False
+    no_quota: bool = False
+    unknown_model: int = 0  # so many batches fail as a whole
 
 
 def batch_recipe(fake: FakeBatches | str, count: int = 10, **sections: Any) -> Recipe:
@@ -86,6 +88,8 @@ def _app(fake: FakeBatches) -> web.Application:
         if fake.unauthorized:
             return _problem(401, "Incorrect API key provided", "invalid_api_key")
         fake.calls["upload"] += 1
+        if fake.no_quota:
+            return _problem(429, "You exceeded your current quota", "insufficient_quota")
         data, purpose = b"", ""
         async for part in await request.multipart():
             assert isinstance(part, BodyPartReader)
@@ -126,6 +130,8 @@ def _app(fake: FakeBatches) -> web.Application:
         ]
         if live >= fake.most_live or len(lines) > (fake.most_enqueued or MOST_REQUESTS):
             _failed(batch, "token_limit_exceeded", "Enqueued token limit reached for this organization.")
+        elif len(fake.batches) <= fake.unknown_model:
+            _failed(batch, "model_not_found", "The model `m` does not exist.")
         elif bad or len(lines) > MOST_REQUESTS or len({text["custom_id"] for text in lines}) < len(lines):
             _failed(batch, "invalid_json_line", "a line is wrong, or there are too many")
         else:
