@@ -31,6 +31,16 @@ def test_a_request_larger_than_the_bucket_goes_and_leaves_a_debt() -> None:
     assert bucket.delay(1, 0.0) == pytest.approx(4.1)
 
 
+def test_what_an_answer_took_counts_in_place_of_the_estimate() -> None:
+    limits = Limits(None, 6100, 0.0)  # 100 a second
+    limits.take(300, 0.0)
+    assert limits.delay(100, 0.0) == pytest.approx(3.0)
+    limits.settle(300, 100, 0.0)
+    assert limits.delay(100, 0.0) == pytest.approx(1.0)
+    limits.settle(100, 250, 0.0)
+    assert limits.delay(100, 0.0) == pytest.approx(2.5)
+
+
 @given(
     per_minute=st.integers(1, 3000),
     asked=st.lists(st.floats(0, 3, allow_nan=False), min_size=1, max_size=300),
