@@ -438,3 +438,19 @@ def test_a_fetch_without_a_url_says_so_where_there_are_other_runs(
     with pytest.raises(UsageError, match="no URL of a run is given; give it: make fetch RUN=s3://bucket/path"):
         fetch([""])
     assert list(files(tmp_path)) == ["runs/stories/recipe.yaml"]
+
+
+def test_a_fetch_into_a_run_of_ones_own_is_refused_and_changes_nothing(tmp_path: Path, home: Path) -> None:
+    store = Folder(tmp_path / "store")
+    store.put("kept.jsonl", b"theirs")
+    write(home, "kept.jsonl")
+    before = files(home)
+    with pytest.raises(UsageError, match="home: holds another run; name an empty folder after the URL"):
+        fetch([store.url, str(home)])
+    assert files(home) == before
+
+
+def test_a_fetch_of_a_mistyped_url_makes_no_run(tmp_path: Path, home: Path) -> None:
+    with pytest.raises(UsageError, match="stroe: there is nothing"):
+        fetch([str(tmp_path / "stroe"), str(home)])
+    assert not home.exists()

@@ -214,7 +214,11 @@ def test_a_lease_is_one_machines_until_it_is_released_or_stale(store: Store, mon
     assert Lease.take(store, "a").lost == {}  # the same folder, whose process was killed
     with pytest.raises(TakenOver):
         first.check()
-    Lease.take(store, "a").beat({"completions": 7})
+    with pytest.raises(TakenOver):
+        first.beat({})
+    again = Lease.take(store, "a")
+    again.beat({"completions": 7})
+    again.beat({"completions": 2})  # the most that only it has had counts
     monkeypatch.setattr(run_lease, "STALE_S", 0.0)
     with pytest.raises(UsageError, match="run the same command with --take-over"):
         Lease.take(store, "b")
@@ -224,6 +228,15 @@ def test_a_lease_is_one_machines_until_it_is_released_or_stale(store: Store, mon
     third.counted()
     third.release()
     assert Lease.take(store, "a").lost == {}
+
+
+def test_of_two_machines_that_begin_at_once_one_has_the_run(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Lease.take(store, "a")
+    with monkeypatch.context() as before:
+        before.setattr(type(store), "names", lambda self, folder="": [])  # the other looked before the first began
+        with pytest.raises(UsageError, match="another machine has just begun to work on this run"):
+            Lease.take(store, "b")
+    first.check()
 
 
 def test_a_lease_from_a_clock_that_is_ahead_is_stale_too(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
