@@ -28,6 +28,7 @@ def test_each_request_is_leased_once_and_again_when_its_worker_is_silent() -> No
     leases = table(6)
     leases.join("a", ["u"], 0)
     leases.join("b", ["u"], 0)
+    assert leases.any_left()  # to look takes none away
     assert ids(leases.lease("a", 4)) == ["0", "1", "2", "3"]
     assert ids(leases.lease("b", 4)) == ["4", "5"]
     assert leases.answered("a", "1", Spend(10))
@@ -60,6 +61,7 @@ def test_a_late_answer_counts_if_it_is_the_first_and_a_late_failure_never_does()
     assert leases.answered("zombie", "1", Spend(10))
     assert not leases.answered("b", "1", Spend(10))
     assert leases.failed("b", "2")
+    assert not leases.answered("zombie", "2", Spend(10))  # the run has it as failed for good
     assert (leases.leased, leases.any_left()) == (0, False)
 
 
@@ -197,3 +199,13 @@ def test_a_url_that_moves_is_asked_by_its_new_worker_once_the_old_one_has_heard(
     assert leases.askers("b") == {}
     leases.heard("a", {}, 2)
     assert leases.askers("b") == {"u": 1}
+
+
+def test_a_part_of_the_limits_that_was_offered_counts_before_its_worker_is_heard() -> None:
+    leases = table()
+    leases.join("a", ["u"], 0)
+    leases.offer("a", leases.askers("a"))
+    leases.join("b", ["u"], 0)
+    assert leases.askers("b") == {}
+    leases.heard("a", {"u": 2}, 0)
+    assert leases.askers("b") == {"u": 2}
