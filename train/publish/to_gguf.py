@@ -95,8 +95,8 @@ def _check(file: Path, folder: Path, tokenizer: Any) -> None:
         "chat template": _text(reader, "tokenizer.chat_template"),
         "tokens": sum(bytes(tokens.parts[place]).decode() in vocabulary for place in tokens.data),
     }
-    size = measure_weights(folder)
-    wanted = {"parameters": size and size.parameters, "tokens": len(vocabulary)}
+    size, known = measure_weights(folder), without_weights(folder).config.get_text_config().vocab_size
+    wanted = {"parameters": size and size.parameters, "tokens": sum(id_ < known for id_ in vocabulary.values())}
     wanted["chat template"] = tokenizer.chat_template
     for what, value in wanted.items():
         if found[what] != value:
