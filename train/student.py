@@ -19,6 +19,9 @@ from pipeline.rundir import RunDir, replacing_folder
 from pipeline.student_config import BUILT, CHATML, PRUNE
 from train.new_student import CONTEXT, apply_template, random_model, train_tokenizer, vocabulary_of
 
+# What a configuration has one entry of per layer, if the architecture has it.
+PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
+
 
 def initial_student(recipe: Recipe, run: RunDir, rows: Sequence[Kept] = ()) -> str:
     """A folder or a Hub id of the student before training; one that has to be made is made first, once.
@@ -157,15 +160,16 @@ def _pruned(teacher: str, k: int) -> tuple[Any, Any, dict[str, Any]]:
     with teacher_to_prune(k, teacher):
         tokenizer = tokenizer_from(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
-    layers = getattr(model.base_model, "layers", None)
-    total = model.config.num_hidden_layers
+    decoder, config = model.get_decoder(), model.config.get_text_config()
+    layers, total = getattr(decoder, "layers", None), config.num_hidden_layers
     if layers is None or len(layers) != total:
         raise RecipeError(f"student.model {PRUNE}{k}: cannot tell the layers of {type(model).__name__}; name a student")
     check_layers(k, total, teacher)
     chosen = layers_kept(total, k)
-    model.base_model.layers = type(layers)([layers[index] for index in chosen])
-    model.config.num_hidden_layers = k
-    for name in ("layer_types", "mlp_layer_types"):  # one entry per layer, if the architecture has them
-        if types := getattr(model.config, name, None):
-            setattr(model.config, name, [types[index] for index in chosen])
+    decoder.layers = type(layers)([layers[index] for index in chosen])
+    of_layers = {name: types for name in PER_LAYER if (types := getattr(config, name, None))}
+    config.num_hidden_layers = k
+    for name, types in of_layers.items():
+        if len(getattr(config, name)) == total:  # some follow the number of layers by themselves
+            setattr(config, name, [types[index] for index in chosen])
     return model, tokenizer, {"layers": chosen}

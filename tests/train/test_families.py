@@ -17,6 +17,7 @@ from tests.tiny_student import SHAPE, losses, make_recipe, make_run, saved, stor
 from train.rows import to_examples
 from train.run import train_run
 from train.setting import Setting
+from train.student import initial_student, layers_kept
 from train.trainer import load_start, prepare
 
 QUIET = Console(quiet=True)
@@ -97,6 +98,24 @@ def test_a_mistral_with_two_tokenizers_has_the_one_with_a_chat_template(tmp_path
     train_run(recipe, run)
     before = Subject("student_before", "before", "", student)
     assert load(before, dtype="float32", device="cpu")[1].chat_template == tiny_tokenizer().chat_template
+
+
+def smollm3() -> Any:
+    return transformers.SmolLM3Config(**SHAPE | {"num_hidden_layers": 4})  # the last one has no rotary embedding
+
+
+@pytest.mark.parametrize(("config", "k"), [(gemma3, 1), (falcon_h1, 1), (smollm3, 2)])
+def test_layers_of_a_teacher_answer_as_they_do_in_it(tmp_path: Path, config: Any, k: int) -> None:
+    teacher_folder, run = saved(config(), tmp_path / "teacher"), make_run(tmp_path / "run", [])
+    folder = initial_student(make_recipe(f"prune:{k}", str(teacher_folder)), run)
+    student, teacher = map(transformers.AutoModelForCausalLM.from_pretrained, (folder, teacher_folder))
+    decoder, total = teacher.get_decoder(), teacher.config.get_text_config().num_hidden_layers
+    decoder.layers = torch.nn.ModuleList(decoder.layers[index] for index in layers_kept(total, k))
+    decoder.config.num_hidden_layers = k
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        found, expected = (model(input_ids=ids, use_cache=False).logits for model in (student, teacher))
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
