@@ -86,12 +86,15 @@ def on_policy_trainer(
     """
     config, own, model, teacher = setting.config, setting.config.on_policy, tokenised.model, setting.teacher
     assert teacher is not None
-    beside = []
+    shape, beside = model.config.get_text_config(), list[Any]()
+    if hasattr(shape, "output_router_logits"):
+        shape.output_router_logits = False  # its loss has no part here, and drawing answers would fail at it
     if config.kd.teacher != "served":
         compared = tokenised.train_dataset.select(range(min(len(tokenised.train_dataset), COMPARED_ROWS)))
         texts = [tokenised.processing_class.decode(row["input_ids"]) for row in compared]
-        outputs = model.config.get_text_config().vocab_size
-        beside = [load_same_outputs(teacher.model, tokenised.processing_class, texts, outputs, setting.console)]
+        beside = [
+            load_same_outputs(teacher.model, tokenised.processing_class, texts, shape.vocab_size, setting.console)
+        ]
     longest = max(len(prompt_of(row)) for row in tokenised.train_dataset) + own.max_new_tokens
     tokens = micro_tokens(model, config, free_beside(model, *beside))
     micro, passes = micro_rows(config, len(tokenised.train_dataset), tokens, longest, setting.processes)

@@ -8,7 +8,7 @@ import datasets
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 from trl import DistillationConfig, DistillationTrainer
 from trl.trainer.utils import RepeatSampler
 
@@ -18,7 +18,7 @@ from pipeline.students import trained_section
 from pipeline.teacher_config import TeacherConfig
 from pipeline.train_config import TrainConfig
 from tests.servers.fake_vllm import scoring
-from tests.tiny_student import END, log_of, make_recipe, make_run, story_rows, tiny_model
+from tests.tiny_student import END, SHAPE, log_of, make_recipe, make_run, saved, story_rows, tiny_model
 from train.on_policy import EpochSampler
 from train.rows import read_parts, to_examples
 from train.run import train_run
@@ -97,6 +97,15 @@ def test_the_loss_is_the_divergence_on_the_students_own_answers(
         loss = trainer.compute_loss(trainer.model, inputs).item()
     exact = trainer.teacher_model.dtype == torch.float32
     assert loss == pytest.approx(by_hand(models, inputs, beta), rel=1e-3 if exact else 5e-2)
+
+
+def test_a_mixture_of_experts_draws_its_answers(models: tuple[str, str], tmp_path: Path) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    student = saved(Qwen3MoeConfig(**SHAPE, **experts), tmp_path / "student")
+    trainer = trainer_of((str(student), models[1]), tmp_path / "t", kd={"weights": "lora"}, on_policy=SMALL)
+    ids, mask = torch.tensor([[END, 5, 6], [5, 6, 7]]), torch.tensor([[0, 1, 1], [1, 1, 1]])  # prompts of two lengths
+    drawn = trainer.model.generate(input_ids=ids, attention_mask=mask, generation_config=trainer.generation_config)
+    assert drawn.shape[1] > ids.shape[1]
 
 
 def test_the_warm_up_counts_the_full_steps_alone(models: tuple[str, str], tmp_path: Path) -> None:
