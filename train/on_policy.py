@@ -21,7 +21,7 @@ from train.soft import load_teacher
 from train.student_trainer import ScoredOnText, StudentTrainer
 from train.teacher import FIX
 from train.tokens import prompt_of
-from train.told import TeacherPrompts, Told
+from train.told import TeacherPrompts, Told, reads_over_gaps
 from train.top_k import COMPARED_ROWS, check_tokens, endpoint_client
 
 
@@ -48,7 +48,8 @@ class OnPolicyTrainer(ScoredOnText, SameEveryEpoch, DistillationTrainer):
     def __init__(self, *, tokenised: StudentTrainer, told: Told, **settings: Any) -> None:
         self.micro, self.collate = tokenised.micro, tokenised.collate
         prompts = [prompt_of(row) for row in tokenised.train_dataset]
-        self.teacher_prompts = TeacherPrompts(told, prompts)
+        beside = settings.get("teacher_model")
+        self.teacher_prompts = TeacherPrompts(told, prompts, shared=beside is not None and reads_over_gaps(beside))
         DistillationTrainer.__init__(
             self,
             model=tokenised.model,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from train.tokens import MASKED, Batch, TokenRow, asked_tokens, key_of, prompt_of
 
@@ -31,16 +32,24 @@ def told_prompts(rows: Sequence[TokenRow], examples: Sequence[Mapping[str, Any]]
     return told
 
 
+def reads_over_gaps(model: Any) -> bool:
+    """Whether padding between tokens changes nothing: each layer looks at all earlier tokens that are no padding.
+
+    A sliding window is narrower by the padding in it. Linear attention, Mamba and convolutions read the padding.
+    """
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+
+
 class TeacherPrompts:
     """The teacher's prompts, and the tokens that all of them begin with, whose keys and values are computed once.
 
     A schema or examples are most of such a prompt, and the teacher's weights do not change. `own`: the student's tokens
-    of each prompt. If the teacher is told nothing of its own, there is no shared start.
+    of each prompt. If the teacher is told nothing of its own, or `shared` is False, there is no shared start.
     """
 
-    def __init__(self, told: Told, own: Iterable[list[int]]) -> None:
+    def __init__(self, told: Told, own: Iterable[list[int]], *, shared: bool = True) -> None:
         self.told = told
-        prompts = [self.of(ids)[:-1] for ids in own] if told else []  # the last token predicts the answer
+        prompts = [self.of(ids)[:-1] for ids in own] if told and shared else []  # the last token predicts the answer
         same = takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))
         self.start = [column[0] for column in same]
         self._states: DynamicCache | None = None
@@ -57,7 +66,7 @@ class TeacherPrompts:
             ids = torch.tensor([self.start], device=teacher.device)
             self._states = teacher(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
         states = copy.deepcopy(self._states)
-        states.batch_repeat_interleave(rows)
+        states.reorder_cache(torch.zeros(rows, dtype=torch.long))  # row 0 so often
         return states
 
     def in_batch(self, batch: Batch, pad: int) -> Batch:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import trl
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline.sampling_config import SamplingConfig
 from pipeline.teacher_config import TeacherConfig
 from tests.servers.fake_vllm import scoring
-from tests.tiny_student import make_recipe, make_run, story_rows, tiny_model
+from tests.tiny_student import SHAPE, kept_row, make_recipe, make_run, saved, story_rows, tiny_model
 from train import top_k
 from train.processes import ALONE, Processes
 from train.rows import to_examples
@@ -31,7 +32,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 def examples() -> dict[str, list[dict[str, Any]]]:
-    rows = to_examples(story_rows(6))
+    rows = to_examples([*story_rows(5), kept_row(5, "Story 5, a long one?", "End 5.")])
     told = [{**row, "told": [{"role": "system", "content": "The cat is Tom."}, *row["prompt"]]} for row in rows]
     return {"train": told[2:], "validation": [*rows[:2]]}
 
@@ -95,13 +96,32 @@ def test_the_teacher_reads_once_what_its_prompts_share(models: tuple[str, str], 
     assert all(ids[:start] == prompts.start and len(ids) > start for ids in prompts.told.values())
 
 
-@pytest.mark.parametrize(("method", "architecture"), [("kd", "llama"), ("kd", "mixtral"), ("on_policy", "llama")])
+WINDOW = {"head_dim": 16, "sliding_window": 16}
+OF_OTHER_LAYERS = {
+    "lfm2": transformers.Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"]),
+    "gemma3": transformers.Gemma3TextConfig(**SHAPE, **WINDOW, layer_types=["sliding_attention", "full_attention"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "architecture"),
+    [
+        ("kd", "llama"),
+        ("kd", "mixtral"),
+        ("kd", "lfm2"),
+        ("on_policy", "llama"),
+        ("on_policy", "lfm2"),
+        ("on_policy", "gemma3"),
+    ],
+)
 def test_after_the_shared_start_the_teacher_says_what_it_says_after_the_whole(
     method: str, architecture: str, models: tuple[str, str], tmp_path: Path
 ) -> None:
     own = {"max_new_tokens": 6, "beta": 0}
     if architecture == "mixtral":
         models = (models[0], str(tiny_model(tmp_path / "router", layers=2, architecture=architecture)))
+    elif config := OF_OTHER_LAYERS.get(architecture):
+        models = (models[0], str(saved(config, tmp_path / "teacher")))
     trainer = prepared(models, tmp_path, method=method, kd={"weights": "full"}, on_policy=own, micro_batch_size=4)
     teacher = (trainer.teacher if method == "kd" else trainer.teacher_model).float()
     for weights in teacher.parameters():
