@@ -9,16 +9,17 @@ order of rows that survives a resume, and the validation loss.
 """
 
 import json
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 import datasets
-from transformers import AutoTokenizer
 from trl.experimental.gold import GOLDConfig, GOLDTrainer
 from trl.experimental.utils import is_byte_level_tokenizer
 
 from pipeline.errors import RecipeError
-from pipeline.models import resolve_model
+from pipeline.models import resolve_model, tokenizer_from
+from pipeline.reasoning import MADE_UP
 from train.machine import free_beside, micro_rows, micro_tokens
 from train.on_policy import SameEveryEpoch
 from train.setting import Setting
@@ -69,27 +70,19 @@ def gold_trainer(
     assert teacher is not None
     loaded = load_model(teacher.model, setting.console)
     loaded.register_forward_hook(_in_float32)
-    folder = str(resolve_model(teacher.model))
-    for name, tokenizer in (
-        ("teacher", AutoTokenizer.from_pretrained(folder)),
-        ("student", tokenised.processing_class),
-    ):
-        if not tokenizer.chat_template:
-            raise RecipeError(f"method gold needs two chat templates, and the {name} has none; {FIX}")
-        if not is_byte_level_tokenizer(tokenizer.backend_tokenizer):
-            raise RecipeError(f"method gold aligns tokenizers of bytes, and the {name}'s is another kind; {FIX}")
+    tokenizer = tokenizer_from(resolve_model(teacher.model))
+    check_aligned(tokenizer, tokenised.processing_class)
     models = (tokenised.model, loaded)
     largest = max(models, key=lambda model: model.config.get_text_config().vocab_size)  # both models' logits are kept
     longest = max(map(len, tokenised.train_dataset["input_ids"]))
     tokens = micro_tokens(largest, config, free_beside(*models))
     micro, passes = micro_rows(config, len(examples), tokens, longest, setting.processes)
-    args = GOLDConfig(
+    settings: dict[str, Any] = dict(
         **arguments,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=passes,
         lmbda=0,  # on the kept answers
         disable_dropout=False,
-        teacher_tokenizer_name_or_path=folder,
         use_uld_loss=True,
         uld_use_hybrid_loss=True,
         uld_token_merge_strategy="bayesian",  # by the chain rule
@@ -100,7 +93,23 @@ def gold_trainer(
         uld_student_temperature=config.kd.temperature,
         uld_teacher_temperature=config.kd.temperature,
     )
-    return GoldTrainer(tokenised=tokenised, examples=examples, teacher_model=loaded, args=args)
+    with tempfile.TemporaryDirectory() as folder:  # of the teacher's own TRL could read Mistral's tekken.json
+        tokenizer.save_pretrained(folder)
+        args = GOLDConfig(**settings, teacher_tokenizer_name_or_path=folder)
+        return GoldTrainer(tokenised=tokenised, examples=examples, teacher_model=loaded, args=args)
+
+
+def check_aligned(teacher: Any, student: Any | None) -> None:
+    """Raises RecipeError if these tokenizers cannot be aligned; `student`: None if it is not known yet."""
+    for name, tokenizer in (("teacher", teacher), ("student", student)):
+        if tokenizer is not None and not tokenizer.chat_template:
+            raise RecipeError(f"method gold needs two chat templates, and the {name} has none; {FIX}")
+        if tokenizer is not None and not is_byte_level_tokenizer(tokenizer.backend_tokenizer):
+            raise RecipeError(f"method gold aligns tokenizers of bytes, and the {name}'s is another kind; {FIX}")
+    if student is not None:
+        _texts(
+            {"prompt": [{"role": "user", "content": "question"}], "completion": [MADE_UP[None]], "tools": None}, student
+        )
 
 
 def _in_float32(model: Any, given: Any, output: Any) -> Any:

@@ -15,6 +15,7 @@ from trl.experimental.gold.gold_trainer import build_teacher_inputs_from_texts
 from pipeline.errors import RecipeError
 from pipeline.teacher_config import TeacherConfig
 from tests.tiny_student import CHATML, kept_row, log_of, make_recipe, make_run, story_rows, tiny_model
+from train.checks.before import check_followed
 from train.rows import to_examples
 from train.run import train_run
 from train.setting import Setting
@@ -107,6 +108,39 @@ def test_a_template_that_ends_an_answer_without_the_end_token_is_refused(tmp_pat
         RecipeError, match=r"method gold: the student's chat template does not end an answer with <unk>"
     ):
         trainer_of(student, other_model(tmp_path / "teacher"), tmp_path / "t")
+
+
+def test_a_teacher_with_mistrals_own_tokenizer_beside_it_is_read_by_the_other(student: str, tmp_path: Path) -> None:
+    teacher = other_model(tmp_path / "teacher")
+    config = json.loads((tmp_path / "teacher" / "config.json").read_bytes())
+    mistral = config | {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    (tmp_path / "teacher" / "config.json").write_text(json.dumps(mistral))
+    (tmp_path / "teacher" / "tekken.json").write_text("{}")
+    trainer = trainer_of(student, teacher, tmp_path / "t")
+    assert trainer.teacher_tokenizer.chat_template.startswith("{% for message in messages %}{{ '['")
+    check_followed(make_recipe(student, teacher, method="gold"))
+
+
+def test_a_pair_that_cannot_be_aligned_is_told_before_anything_is_asked(student: str, tmp_path: Path) -> None:
+    other, pieces, mute = (other_model(tmp_path / name) for name in ("other", "pieces", "mute"))
+    tokenizer = AutoTokenizer.from_pretrained(pieces)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    tokenizer.backend_tokenizer.decoder = decoders.Fuse()
+    tokenizer.save_pretrained(pieces)
+    (tmp_path / "mute" / "chat_template.jinja").unlink()
+    ended = str(tiny_model(tmp_path / "ended"))
+    tokenizer = AutoTokenizer.from_pretrained(ended)
+    tokenizer.eos_token = "<unk>"
+    tokenizer.save_pretrained(ended)
+    for own, teacher, said in (
+        (student, pieces, "aligns tokenizers of bytes, and the teacher's is another kind"),
+        (pieces, other, "aligns tokenizers of bytes, and the student's is another kind"),
+        (student, mute, "needs two chat templates, and the teacher has none"),
+        (ended, other, "the student's chat template does not end an answer with <unk>"),
+    ):
+        with pytest.raises(RecipeError, match=f"^method gold:? {said}"):
+            check_followed(make_recipe(own, teacher, method="gold"))
+    check_followed(make_recipe("new:30m", other, method="gold", kd={"weights": "full"}))
 
 
 def test_a_student_learns_from_a_teacher_of_other_tokens(student: str, tmp_path: Path) -> None:

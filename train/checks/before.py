@@ -16,7 +16,7 @@ from pipeline.checks import Check
 from pipeline.errors import RecipeError, UsageError
 from pipeline.instructions import asked_of_student
 from pipeline.loaded_model import stop_tokens, without_weights
-from pipeline.models import embedded_folder, explained, resolve_model
+from pipeline.models import embedded_folder, explained, resolve_model, tokenizer_from
 from pipeline.reasoning import MADE_UP, reasoning_form
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, Prompt
@@ -150,20 +150,27 @@ def answer_checks(recipe: Recipe, tokenizer: Any, stops: set[int], prompts: Sequ
 
 @extra_needed()
 def check_followed(recipe: Recipe) -> None:
-    """Raises RecipeError if a soft method could not follow a teacher beside the student: no weights, or other tokens.
+    """Raises RecipeError if a soft method could not follow a teacher beside the student: no weights, or unfit tokens.
 
-    The tokens of a student that training makes first may not be known yet: they are not compared.
+    The tokens of a student that training makes first may not be known yet: they are not looked at.
     """
     config, student = recipe.train, recipe.student
     if not (config.soft and config.kd.teacher == "local"):
         return
     assert student is not None
-    followed_files(recipe.teacher.model)
+    teacher = followed_files(recipe.teacher.model)
     reference = student.tokenizer if student.built else student.model
     if config.further and config.start:
         reference = str(config.start)
     tokenizer = tokenizer_of(known_files(reference)) if reference else None
-    if tokenizer is not None and config.method != "gold":
+    if config.method == "gold":
+        from train.trainer import quiet  # here: trainers are slow to import
+
+        with quiet(), explained(f"teacher.model: cannot load {recipe.teacher.model}"):
+            from train.gold import check_aligned
+
+            check_aligned(tokenizer_from(teacher), tokenizer)
+    elif tokenizer is not None:
         check_same_tokens(recipe.teacher.model, tokenizer)
 
 
