@@ -18,6 +18,7 @@ TAGS = {  # that models write around a thought
     "[THINK]": "[/THINK]",  # Magistral
     "<|channel>thought": "<channel|>",  # Gemma 4
 }
+OPENED = (OPEN, "<thought>")  # of these: what chat templates write themselves, so that the answer has the end alone
 Reasoning = Literal["reasoning_content", "content"]  # the field of an answer's turn that has the reasoning
 MADE_UP: dict[Reasoning | None, Json] = {  # answers to look at a template with
     "reasoning_content": {"role": "assistant", "content": "answer", "reasoning_content": "thought"},
@@ -30,12 +31,17 @@ def split_reasoning(text: str) -> tuple[str, str]:
     """The reasoning and the answer of what a model wrote; text without tags is all answer, and unchanged.
 
     Where only the closing tag is there, the chat template wrote the opening one. Where only the opening tag is there,
-    the model was cut off before it answered: the answer is empty.
+    the model was cut off before it answered: the answer is empty. The tag that the text begins with is looked at first:
+    a thought may talk of others.
     """
     start = text.lstrip()
     for begin, end in TAGS.items():
-        thought, closed, answer = start.removeprefix(begin).partition(end)
-        if start.startswith(begin) or (closed and begin not in thought):
+        if start.startswith(begin):
+            thought, _, answer = start.removeprefix(begin).partition(end)
+            return thought.strip(), answer.lstrip()
+    for begin in OPENED:
+        thought, closed, answer = start.partition(TAGS[begin])
+        if closed and begin not in thought:
             return thought.strip(), answer.lstrip()
     return "", text
 

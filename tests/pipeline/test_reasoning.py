@@ -26,6 +26,10 @@ from pipeline.reasoning import split_reasoning
         ("<|channel>thought\nhm\n<channel|>Four.", "hm", "Four."),
         ("<|channel>thought\nhm", "hm", ""),
         ("<think>a </thought> b</think>Four.", "a </thought> b", "Four."),
+        ("[THINK]a </think> b[/THINK]Four.", "a </think> b", "Four."),
+        ("<thought>a </think> b</thought>Four.", "a </think> b", "Four."),
+        ("Split it at [/THINK].", "", "Split it at [/THINK]."),  # no template opens it
+        ("Split it at <channel|>.", "", "Split it at <channel|>."),
         ("Magistral writes [THINK]so[/THINK].", "", "Magistral writes [THINK]so[/THINK]."),
     ],
 )
