@@ -215,7 +215,7 @@ def _ask_judge(
 
     judge = Judge.of_filters(recipe, run)
     left_out = {*copies, *survivors.gone}
-    rows = reporting(survivors.rows(left_out), "{:,} questions to the judge written so far".format)
+    rows = reporting(survivors.rows(left_out), "{:,} answers looked at for the judge so far".format)
     by_id = judge_rows(judge, run, (row for _, row in rows))
     for number, row in survivors.rows(left_out):
         survivors.verdicts[number] = verdict = by_id[row.id]

@@ -509,7 +509,7 @@ def test_what_is_done_around_the_requests_says_how_far_it_is(
     monkeypatch.setattr("pipeline.progress.REPORT_S", 0)
     judged_and_deduplicated(tmp_path, ["A bear.", "Two frogs.", "A fox in the snow."], [3, 4, 5])
     said = capsys.readouterr().err.splitlines()
-    for done in ("questions to the judge written", "replies of the judge read", "answers written"):
+    for done in ("answers looked at for the judge", "replies of the judge read", "answers written"):
         assert f"1 {done} so far" in said
 
 
