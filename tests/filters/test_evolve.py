@@ -305,6 +305,15 @@ def test_killed_at_any_moment_no_prompt_is_bought_twice(tmp_path: Path) -> None:
     assert len(server.asked) <= 3 * SEEDS + kills * at_once  # those in flight at a kill
 
 
+def test_thoughts_that_are_too_long_in_the_second_round_alone_end_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "SEEDS", 15)
+    with misbehaving(lambda asked: rewriting(asked) if len(server.asked) <= 15 else cut_thought()) as server:
+        report = evolve(recipe_of(server, tmp_path), RunDir(tmp_path / "run"), rounds=2, quiet=True)
+    assert [(one.asked, one.failed, one.new) for one in report.rounds] == [(15, 0, 15), (30, 30, 0)]
+
+
 def test_it_says_how_many_replies_it_has_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

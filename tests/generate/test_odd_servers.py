@@ -173,6 +173,11 @@ def test_a_thought_that_is_neither_shown_nor_counted_apart_was_cut_off(counted: 
     assert (found.error, found.usage) == ("thought_cut_off", Usage(prompt_tokens=10, completion_tokens=99))
 
 
+def test_a_blank_text_is_no_hidden_thought() -> None:
+    found = read_answer(said("\n\n", "length", {"prompt_tokens": 10, "completion_tokens": 99}))
+    assert isinstance(found, Fault) and found.error == "empty_answer"
+
+
 def test_an_answer_that_a_parser_took_for_a_thought_is_told() -> None:
     found = read_answer(said(None, message={"reasoning": "The answer is 4."}))
     assert isinstance(found, Fault)

@@ -60,6 +60,15 @@ def test_a_user_whose_thoughts_leave_no_room_ends_the_run_before_all_are_paid(ru
     assert len(user.asked) < 50 < len(teacher.asked)
 
 
+def test_a_user_who_thinks_too_long_about_most_second_messages_ends_nothing(run: RunDir) -> None:
+    def player(asked: Asked) -> Behaviour:
+        return reply_of("user")(asked) if len(user.asked) <= 40 or len(user.asked) == 80 else cut_thought()
+
+    with misbehaving(reply_of("teacher")) as teacher, misbehaving(player) as user:
+        summary = generate(talk(teacher, user, 40), run, quiet=True)
+    assert (summary.answered, len(user.asked)) == (1, 80)
+
+
 def test_the_last_record_holds_the_whole_conversation(run: RunDir) -> None:
     with misbehaving(reply_of("teacher")) as teacher, misbehaving(reply_of("user")) as user:
         summary = generate(talk(teacher, user), run, quiet=True)
