@@ -360,7 +360,8 @@ def _empty(finish_reason: str, said: _Said, usage: Usage) -> Fault:
     why = f"the answer has no text (finish_reason {finish_reason}{thought})"
     hidden = usage.completion_tokens and not said.text  # tokens that are in no field: Gemini does not show its thoughts
     if finish_reason == "length" and (thought or said.reasoning or hidden):
-        why += ": it was cut off while the model was thinking; raise sampling.max_tokens"
+        perhaps = "" if thought or said.reasoning else "before any text, perhaps "  # or in tokens that are never text
+        why += f": it was cut off {perhaps}while the model was thinking; raise sampling.max_tokens"
         return Fault("thought_cut_off", why, 200, usage=usage)
     if said.reasoning:
         why += ": all that came is reasoning; does the server's parser of it (--reasoning-parser) fit the model?"

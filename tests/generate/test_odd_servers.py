@@ -171,6 +171,7 @@ def test_a_thought_that_is_neither_shown_nor_counted_apart_was_cut_off(counted: 
     found = read_answer(said(None, "length", {"prompt_tokens": 10, "total_tokens": 109, **counted}))
     assert isinstance(found, Fault)
     assert (found.error, found.usage) == ("thought_cut_off", Usage(prompt_tokens=10, completion_tokens=99))
+    assert "it was cut off before any text, perhaps while the model was thinking; raise sampling.max" in found.message
 
 
 def test_a_blank_text_is_no_hidden_thought() -> None:
