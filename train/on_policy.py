@@ -48,8 +48,8 @@ class OnPolicyTrainer(ScoredOnText, SameEveryEpoch, DistillationTrainer):
     def __init__(self, *, tokenised: StudentTrainer, told: Told, **settings: Any) -> None:
         self.micro, self.collate = tokenised.micro, tokenised.collate
         prompts = [prompt_of(row) for row in tokenised.train_dataset]
-        beside = settings.get("teacher_model")
-        self.teacher_prompts = TeacherPrompts(told, prompts, shared=beside is not None and reads_over_gaps(beside))
+        teacher = settings.get("teacher_model")  # None: it is asked at its endpoint
+        self.teacher_prompts = TeacherPrompts(told, prompts, shared=teacher is not None and reads_over_gaps(teacher))
         DistillationTrainer.__init__(
             self,
             model=tokenised.model,

@@ -88,6 +88,11 @@ def asked_tokens(messages: Sequence[Any], tools: str | None, tokenizer: Any, **o
     return _by_template(messages, tools, tokenizer, add_generation_prompt=True, **options)
 
 
+def shared_start(rows: Iterable[Sequence[int]]) -> list[int]:
+    """The tokens that all rows begin with."""
+    return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))]
+
+
 def question_tokens(messages: Sequence[Any], tools: str | None, tokenizer: Any) -> int:
     """How many of a prompt's tokens (`asked_tokens`) stand before the header of its answer."""
     return _shared(asked_tokens(messages, tools, tokenizer), _by_template(messages, tools, tokenizer))

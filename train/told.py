@@ -5,7 +5,6 @@ What the teacher says of an answer counts only after its own prompt, in its own 
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from train.tokens import MASKED, Batch, TokenRow, asked_tokens, key_of, prompt_of
+from train.tokens import MASKED, Batch, TokenRow, asked_tokens, key_of, prompt_of, shared_start
 
 Told = dict[bytes, list[int]]  # by the student's tokens of a prompt (key_of): the teacher's
 
@@ -50,8 +49,7 @@ class TeacherPrompts:
     def __init__(self, told: Told, own: Iterable[list[int]], *, shared: bool = True) -> None:
         self.told = told
         prompts = [self.of(ids)[:-1] for ids in own] if told and shared else []  # the last token predicts the answer
-        same = takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))
-        self.start = [column[0] for column in same]
+        self.start = shared_start(prompts)
         self._states: DynamicCache | None = None
 
     def of(self, own: list[int]) -> list[int]:

@@ -11,7 +11,6 @@ tokens are not the student's are found, and refused if they are many.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from pipeline.errors import DataError, DistillError, RecipeError, first_line
 from pipeline.records import TokenLogprobs, read_jsonl
 from pipeline.teacher_config import TeacherConfig
 from train.setting import Setting
-from train.tokens import MASKED, TokenRow, key_of, prompt_of
+from train.tokens import MASKED, TokenRow, key_of, prompt_of, shared_start
 from train.told import Told
 
 # By a row's tokens: ids (completion tokens, k) and their logprobs in nats; an id of -1: nothing is known.
@@ -65,7 +64,7 @@ def read_stored(
     known: TopK = {}
     covered = total = 0
     answers = [answer_of(row) for row in rows]
-    shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*answers, strict=False)))
+    shared = len(shared_start(answers))
     for id_, row, answer in zip(ids, rows, answers, strict=True):
         likeliest, logprobs, told = _aligned(stored[id_], answer, names, shared)
         known[key_of(row["input_ids"])] = likeliest, logprobs

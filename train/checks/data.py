@@ -64,7 +64,9 @@ def row_checks(parts: Parts, lineage: Mapping[str, Any], recipe: Recipe) -> Iter
 def _reasoning(rows: Sequence[Kept], config: TrainConfig) -> Iterator[Check]:
     """Whether there is reasoning to learn; without it a teacher that is read again must not have needed it."""
     keep, reads = config.reasoning == "keep", config.soft and config.kd.teacher != "stored"
-    thoughts, count = sum(bool(row.reasoning) for row in rows) if keep or reads else 0, len(rows)
+    if not (keep or reads):
+        return
+    thoughts, count = sum(bool(row.reasoning) for row in rows), len(rows)
     finding, fix = f"{thoughts:,} of {count:,} answers have reasoning", "the student learns the others without any"
     if keep:
         status: Status = "note" if thoughts else "warn"

@@ -68,7 +68,7 @@ def _read_pieces(model: Any) -> None:
     def from_tokenizer(self: Any) -> tuple[list[bytes], list[float], list[int]]:
         if not (tokenizer := _with_pieces(self.dir_model)):
             raise FileNotFoundError(f"{self.dir_model}: its tokenizer has no pieces")  # the converter then tries bytes
-        return pieces(tokenizer, self.hparams["vocab_size"])
+        return _pieces(tokenizer, self.hparams["vocab_size"])
 
     def set_pieces(self: Any, add_to_gguf: bool = True) -> None:
         with_pieces(self, add_to_gguf)
@@ -88,7 +88,7 @@ def _with_pieces(folder: Path) -> dict[str, Any]:
     return tokenizer if tokenizer["model"].get("byte_fallback") else {}
 
 
-def pieces(tokenizer: dict[str, Any], count: int) -> tuple[list[bytes], list[float], list[int]]:
+def _pieces(tokenizer: dict[str, Any], count: int) -> tuple[list[bytes], list[float], list[int]]:
     """Texts, scores and types of the first `count` tokens of a tokenizer.json.
 
     llama.cpp joins the two neighbours whose piece has the highest score: that of the earliest merge has it.
@@ -101,11 +101,14 @@ def pieces(tokenizer: dict[str, Any], count: int) -> tuple[list[bytes], list[flo
     def kind(id_: int) -> int:
         if id_ not in texts:
             return UNUSED
-        if texts[id_] == model["unk_token"]:
+        text = texts[id_]
+        if text == model["unk_token"]:
             return UNKNOWN
-        if id_ in added and (added[id_]["special"] or SPACE not in texts[id_]):  # no text has SPACE before it is split
-            return CONTROL if added[id_]["special"] else USER_DEFINED
-        return BYTE if len(texts[id_]) == 6 and texts[id_].startswith("<0x") else NORMAL
+        if id_ in added and added[id_]["special"]:
+            return CONTROL
+        if id_ in added and SPACE not in text:  # no text has SPACE before it is split
+            return USER_DEFINED
+        return BYTE if len(text) == 6 and text.startswith("<0x") else NORMAL
 
     found = [texts.get(id_, f"[PAD{id_}]") for id_ in range(count)]
     scores = [-float(ranks.get(text, len(ranks))) for text in found]
@@ -118,7 +121,7 @@ def _begins_with_blank(folder: Path) -> bool:
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     control = next((token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special), "")
-    text: str = tokenizer.encode(f"{control}x", add_special_tokens=False).tokens[-1 if not control else 1]
+    text: str = tokenizer.encode(f"{control}x", add_special_tokens=False).tokens[1 if control else -1]
     return text.startswith(SPACE)
 
 
