@@ -103,14 +103,14 @@ def _job(model: Model, conversation: Sequence[Message]) -> Job:
 
 
 def _without_thoughts(conversation: Sequence[Message]) -> list[Message]:
-    """The turns as a model is shown them, without answers that were stopped in their thought, and their questions."""
+    """The turns without thoughts. An answer that was stopped in its thought goes, with its question."""
     turns = list[Message]()
     for turn in conversation:
         text = split_reasoning(turn.content)[1] if turn.role == "assistant" else turn.content
-        if text or turn.role != "assistant":
-            turns.append(Message(turn.role, text))
-        else:
+        if turn.role == "assistant" and not text:
             del turns[-1:]
+        else:
+            turns.append(Message(turn.role, text))
     return turns
 
 

@@ -13,12 +13,11 @@ import numpy as np
 
 from filters.minhash import (
     Array,
-    agreement,
     band_keys,
     fold,
     glimpses,
     jaccard,
-    least_agreement,
+    may_be_similar,
     ngrams,
     shape_for,
     signatures,
@@ -59,8 +58,8 @@ class Distinct:
         """The texts that share a band with this one, without those whose glimpses differ too much."""
         sharing = list({number for key in keys for number in self._bands.get(key, ())})
         others = np.frombuffer(b"".join(self._glimpses[number] for number in sharing), np.uint8)
-        agreeing = agreement(others.reshape(-1, len(glimpse)), glimpse) >= least_agreement(self._threshold)
-        return [sharing[at] for at in np.flatnonzero(agreeing).tolist()]
+        may_be = may_be_similar(others.reshape(-1, len(glimpse)), glimpse, self._threshold)
+        return [sharing[at] for at in np.flatnonzero(may_be).tolist()]
 
 
 class Diversity(msgspec.Struct, frozen=True, kw_only=True):

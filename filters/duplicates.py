@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from filters.minhash import Array, agreement, jaccard, least_agreement
+from filters.minhash import Array, jaccard, may_be_similar
 from filters.sketches import Kind, Sketches, Source, thresholds
 from pipeline.errors import RecipeError
 from pipeline.filters_config import DedupConfig
@@ -183,8 +183,8 @@ class Search:
         same = others[self._digests[others] == self._digests[row]]
         if len(same) or self._threshold is None or self._glimpses is None:
             return Match(self._what, int(same[0]), None) if len(same) else None
-        agreeing = agreement(self._glimpses[others], self._glimpses[row])
-        likely = dict.fromkeys(others[agreeing >= least_agreement(self._threshold)].tolist())
+        may_be = may_be_similar(self._glimpses[others], self._glimpses[row], self._threshold)
+        likely = dict.fromkeys(others[may_be].tolist())
         if not likely:
             return None
         mine = self._ngrams_of(row)

@@ -180,7 +180,7 @@ class Judge:
         """What `generate` or a server says of the judge's own run, with the keys that the user's recipe has for it."""
         section = self.endpoint.section
         fix = f"; {section}.schema: false leaves response_format out" if "response_format" in words else ""
-        words = words.replace("sampling.max_tokens", f"{section}.max_tokens")
+        words = words.replace("sampling.max_tokens", self.endpoint.max_tokens_key)
         return re.sub(r"(?<![.\w])budget\.", f"{section}.budget.", words) + fix
 
 

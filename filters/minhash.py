@@ -136,6 +136,11 @@ def agreement(glimpses: Array, other: Array) -> Array:
     return np.asarray((glimpses == other).sum(axis=1, dtype=np.uint8))  # a count up to GLIMPSE; wider ones are slower
 
 
+def may_be_similar(glimpses: Array, other: Array, threshold: float) -> Array:
+    """Which glimpses agree with another one as those of texts do whose similarity is `threshold` or more."""
+    return np.asarray(agreement(glimpses, other) >= least_agreement(threshold))
+
+
 def least_agreement(threshold: float) -> float:
     """Bytes in which two glimpses agree at least, if the texts are as similar: four standard deviations are allowed."""
     return float(GLIMPSE * threshold - 4 * (GLIMPSE * threshold * (1 - threshold)) ** 0.5)

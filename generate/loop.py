@@ -244,8 +244,8 @@ class Loop:
             case EndRun():
                 if not self._ended_by:  # of many at once the first is told
                     # Answers in flight are paid for; those of a server that is down may never come.
-                    section = self._run.recipe.teacher.section.replace("teacher", "sampling")
-                    message = verdict.message.replace("sampling.max_tokens", f"{section}.max_tokens")
+                    key = self._run.recipe.teacher.max_tokens_key
+                    message = verdict.message.replace("sampling.max_tokens", key)
                     self._end(DistillError(message), grace_s=GRACE_S if endpoint.down_since else inf)
                     if counters.in_flight:
                         self._run.say(f"nothing new goes out; waiting for {counters.in_flight} requests in flight")

@@ -12,7 +12,7 @@ from pipeline.train_config import TrainConfig
 from pipeline.turns_and_tools import template_turns
 
 OPEN, CLOSE = "<think>", "</think>"
-TAGS = {  # that models write around a thought
+TAGS = {  # around a thought: the first and the last
     OPEN: CLOSE,
     "<thought>": "</thought>",  # Gemini, if it is to show its thoughts, and EXAONE Deep
     "[THINK]": "[/THINK]",  # Magistral

@@ -97,7 +97,7 @@ class Failure(Request, frozen=True, kw_only=True):
     message: str
     attempts: int
     created: str  # ISO 8601, UTC
-    usage: Usage | None = None  # of the last attempt, as `latency_s`; None where the server counted nothing
+    usage: Usage | None = None  # of the last attempt, as `latency_s`; None: no reply that has it
     latency_s: float = 0.0
 
 

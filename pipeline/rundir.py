@@ -50,7 +50,7 @@ class RunDir:
 
     path: Path
     internal: bool = field(default=False, compare=False)  # in another run, of one stage that alone reads its answers
-    first: bool = field(default=False, compare=False)  # of those: in which a stage hears whether its model answers
+    first: bool = field(default=False, compare=False)  # of those: may end early if all thoughts are cut off
     recipe = File("recipe.yaml")  # as resolved; `generate`
     lineage = File("lineage.json")  # every stage
     prompts = File("prompts.jsonl")  # `generate`

@@ -78,6 +78,11 @@ class TeacherConfig(Section):
         return self._section
 
     @property
+    def max_tokens_key(self) -> str:
+        """Where the recipe says how long its answers may be, for messages."""
+        return f"{'sampling' if self._section == 'teacher' else self._section}.max_tokens"
+
+    @property
     def url_weights(self) -> dict[str, float]:
         """Where the teacher answers, and the weight of each endpoint: its share of the requests beside the others."""
         return weighted_urls([self.base_url] if isinstance(self.base_url, str) else self.base_url)
