@@ -26,6 +26,7 @@ from train.setting import Setting
 from train.soft import load_model
 from train.student_trainer import ScoredOnText, StudentTrainer
 from train.teacher import FIX
+from train.told import begun_by_options
 
 Example = dict[str, Any]  # train.rows.to_examples, and `told` and `template`: what the teacher is asked, and how
 
@@ -46,7 +47,11 @@ class GoldTrainer(ScoredOnText, SameEveryEpoch, GOLDTrainer):
             processing_class=student,
             **settings,
         )
-        prompts = [_asked(example, self.teacher_tokenizer) for example in examples]
+        begun = self.teacher_tokenizer.decode(begun_by_options(examples, self.teacher_tokenizer))
+        prompts = [
+            asked.removesuffix(begun) if row["completion"].startswith(begun) else asked
+            for row, asked in zip(rows, (_asked(example, self.teacher_tokenizer) for example in examples), strict=True)
+        ]
         rows_of_text: Any = self.train_dataset
         self.train_dataset: Any = rows_of_text.remove_columns("original_prompt_text").add_column(
             "original_prompt_text", prompts

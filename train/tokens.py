@@ -93,9 +93,10 @@ def shared_start(rows: Iterable[Sequence[int]]) -> list[int]:
     return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))]
 
 
-def question_tokens(messages: Sequence[Any], tools: str | None, tokenizer: Any) -> int:
+def question_tokens(messages: Sequence[Any], tools: str | None, tokenizer: Any, **options: Any) -> int:
     """How many of a prompt's tokens (`asked_tokens`) stand before the header of its answer."""
-    return _shared(asked_tokens(messages, tools, tokenizer), _by_template(messages, tools, tokenizer))
+    asked = asked_tokens(messages, tools, tokenizer, **options)
+    return _shared(asked, _by_template(messages, tools, tokenizer, **options))
 
 
 def answered_row(example: Mapping[str, Any], answer: Any, tokenizer: Any) -> dict[str, list[int]]:
@@ -110,10 +111,10 @@ def _shared(one: list[int], other: list[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
-def answer_header(tokenizer: Any) -> list[int]:
+def answer_header(tokenizer: Any, **options: Any) -> list[int]:
     """What the chat template adds to a conversation before it is answered, as `<|im_start|>assistant` and a newline."""
     turns = [{"role": "user", "content": "question"}]
-    return asked_tokens(turns, None, tokenizer)[question_tokens(turns, None, tokenizer) :]
+    return asked_tokens(turns, None, tokenizer, **options)[question_tokens(turns, None, tokenizer, **options) :]
 
 
 def without_header(row: TokenRow, header: list[int]) -> dict[str, list[int]]:

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from train.tokens import MASKED, Batch, TokenRow, asked_tokens, key_of, prompt_of, shared_start
+from train.tokens import MASKED, Batch, TokenRow, answer_header, asked_tokens, key_of, prompt_of, shared_start
 
 Told = dict[bytes, list[int]]  # by the student's tokens of a prompt (key_of): the teacher's
 
@@ -23,12 +23,27 @@ def told_prompts(rows: Sequence[TokenRow], examples: Sequence[Mapping[str, Any]]
     `examples` are the rows' texts, with `told`: the teacher's messages, and `template`: options of its chat template.
     """
     told: Told = {}
+    begun = begun_by_options(examples, tokenizer)
     for row, example in zip(rows, examples, strict=True):
         told_messages, options = example.get("told", example["prompt"]), example.get("template", {})
         ids = asked_tokens(told_messages, example.get("tools"), tokenizer, **options)
-        if ids != (own := prompt_of(row)):
+        own = prompt_of(row)
+        if begun and ids[-len(begun) :] == begun == row["input_ids"][len(own) :][: len(begun)]:
+            ids = ids[: -len(begun)]  # it stands in the answer
+        if ids != own:
             told[key_of(own)] = ids
     return told
+
+
+def begun_by_options(examples: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[int]:
+    """What the options of the teacher's template begin each answer with, as `enable_thinking: false` an empty thought.
+
+    A student with such a template has it in its answers, and the teacher must not read it twice.
+    """
+    if not (options := examples[0].get("template") if examples else None):
+        return []
+    plain, header = answer_header(tokenizer), answer_header(tokenizer, **options)
+    return header[len(plain) :] if header[: len(plain)] == plain else []
 
 
 def reads_over_gaps(model: Any) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import trl
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
@@ -44,11 +45,12 @@ def other_model(folder: Path) -> str:
     return str(folder)
 
 
-def trainer_of(student: str, teacher: str, folder: Path, **kd: Any) -> Any:
+def trainer_of(student: str, teacher: str, folder: Path, template: dict[str, Any] | None = None, **kd: Any) -> Any:
     rows = story_rows(6)
     examples = {"train": [*to_examples(rows[2:])], "validation": to_examples(rows[:2])}
     for example in examples["train"]:
         example["told"] = [{"role": "system", "content": "Be brief."}, *example["prompt"]]
+        example["template"] = template or {}
     config = make_recipe(student, teacher, method="gold", kd={"weights": "full", **kd}, micro_batch_size=1).train
     return prepare(
         student, examples, Setting(config, folder, Console(quiet=True), teacher=TeacherConfig(model=teacher))
@@ -85,6 +87,17 @@ def test_the_teacher_reads_its_own_prompt(student: str, tmp_path: Path) -> None:
     trainer = trainer_of(student, teacher, tmp_path / "t")
     texts = set(trainer.train_dataset["original_prompt_text"])
     assert "[system\nBe brief.</s>\n[user\nStory 2?</s>\n[assistant\n" in texts
+
+
+def test_an_empty_thought_that_the_answer_begins_with_too_is_read_once(tmp_path: Path) -> None:
+    folders = [str(tiny_model(tmp_path / name)) for name in ("student", "teacher")]
+    for folder in folders:
+        template = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
+        (Path(folder) / "chat_template.jinja").write_text(template)
+    trainer = trainer_of(*folders, tmp_path / "t", template={"enable_thinking": False})
+    row = trainer.train_dataset[0]
+    assert row["original_prompt_text"].endswith("<|im_start|>assistant\n")
+    assert row["original_completion_text"].startswith("<think>\n\n</think>\n\n")
 
 
 def test_a_first_token_that_template_and_tokenizer_both_put_stands_once(student: str, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from train.processes import ALONE, Processes
 from train.rows import to_examples
 from train.run import _of_teacher, training_fingerprint
 from train.setting import Setting
-from train.tokens import MASKED, answered_row, key_of
+from train.tokens import MASKED, answered_row, key_of, prompt_of
 from train.told import TeacherPrompts, Told, told_prompts
 from train.top_k import ask_endpoint
 from train.trainer import prepare
@@ -275,6 +275,22 @@ def test_a_teachers_prompt_is_rendered_as_its_endpoint_rendered_it(models: tuple
     (told,) = told_prompts([tokens], [example], teacher).values()
     assert teacher.decode(told) == _asked(example, teacher)
     assert teacher.decode(told).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+
+
+def test_an_empty_thought_that_the_answer_begins_with_too_is_read_once(models: tuple[str, str]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(models[0])
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
+    for told in [], [{"role": "system", "content": "The cat is Tom."}]:
+        (example,) = to_examples(story_rows(1))
+        example |= {"told": [*told, *example["prompt"]], "template": QUIET["extra"]["chat_template_kwargs"]}
+        row = answered_row(example, example["completion"][0], tokenizer)
+        own = prompt_of(row)
+        read = told_prompts([row], [example], tokenizer).get(key_of(own), own) + row["input_ids"][len(own) :]
+        assert tokenizer.decode(read).count("<think>\n\n</think>\n\n") == 1
+        assert (
+            read
+            == answered_row({**example, "prompt": example["told"]}, example["completion"][0], tokenizer)["input_ids"]
+        )
 
 
 TOLD = [
