@@ -96,19 +96,14 @@ def shared_start(rows: Iterable[Sequence[int]]) -> list[int]:
 def question_tokens(messages: Sequence[Any], tools: str | None, tokenizer: Any, **options: Any) -> int:
     """How many of a prompt's tokens (`asked_tokens`) stand before the header of its answer."""
     asked = asked_tokens(messages, tools, tokenizer, **options)
-    return _shared(asked, _by_template(messages, tools, tokenizer, **options))
+    return len(shared_start([asked, _by_template(messages, tools, tokenizer, **options)]))
 
 
 def answered_row(example: Mapping[str, Any], answer: Any, tokenizer: Any) -> dict[str, list[int]]:
     """A prompt with an answer's turn as TRL makes a row of them: loss falls from where the prompt alone is another."""
     ids = _by_template([*example["prompt"], answer], example["tools"], tokenizer)
-    begin = _shared(asked_tokens(example["prompt"], example["tools"], tokenizer), ids)
+    begin = len(shared_start([asked_tokens(example["prompt"], example["tools"], tokenizer), ids]))
     return {"input_ids": ids, "labels": [MASKED] * begin + ids[begin:]}
-
-
-def _shared(one: list[int], other: list[int]) -> int:
-    """How many tokens both begin with."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def answer_header(tokenizer: Any, **options: Any) -> list[int]:
