@@ -64,9 +64,9 @@ def read_stored(
     known: TopK = {}
     covered = total = 0
     answers = [answer_of(row) for row in rows]
-    shared = len(shared_start(answers))
+    begin = _begin([stored[id_] for id_ in ids[:COMPARED_ROWS]], answers, names)
     for id_, row, answer in zip(ids, rows, answers, strict=True):
-        likeliest, logprobs, told = _aligned(stored[id_], answer, names, shared)
+        likeliest, logprobs, told = _aligned(stored[id_], answer, names, begin)
         known[key_of(row["input_ids"])] = likeliest, logprobs
         covered, total = covered + told, total + len(answer)
     if covered < LEAST * total:
@@ -80,23 +80,36 @@ def read_stored(
     return known
 
 
-def _aligned(
-    line: TokenLogprobs, answer: Sequence[int], names: dict[bytes, int], shared: int
-) -> tuple[NDArray[np.int32], NDArray[np.float16], int]:
-    """A line's arrays by the student's ids and tokens, and how many tokens they tell of.
+def _begin(lines: Sequence[TokenLogprobs], answers: Sequence[Sequence[int]], names: dict[bytes, int]) -> int:
+    """After how many tokens of each answer the teacher's begin; `lines`: of the first of them.
 
-    What the teacher says of a token holds if all tokens before it are the same. `shared`: how many tokens all answers
-    begin with; among them are those that the student's template writes, as Qwen3's does an empty thought.
+    What the student's template writes, as Qwen3's does an empty thought, is the same in all. The place is right from
+    which most tokens are those that the teacher chose.
     """
+    pairs = [(_of_student(line, names)[0].tolist(), answer) for line, answer in zip(lines, answers, strict=False)]
+    places = range(len(shared_start(answers)) + 1)
+    return max(places, key=lambda place: sum(len(shared_start([chosen, answer[place:]])) for chosen, answer in pairs))
+
+
+def _of_student(line: TokenLogprobs, names: dict[bytes, int]) -> tuple[NDArray[Any], ...]:
+    """What was chosen, the likeliest and their logprobs, by the student's ids; -1: no token of the student's."""
     chosen, (likeliest, logprobs) = np.frombuffer(line.chosen, "<i4"), _arrays(line)
     if line.names:
         ids = np.array([*(names.get(name, -1) for name in line.names), -1], np.int32)  # the last one is for -1
         chosen, likeliest = ids[chosen], ids[likeliest]
-    begin = next((place for place, token in enumerate(answer[: shared + 1]) if [token] == chosen[:1].tolist()), 0)
-    same, most = 0, min(len(chosen), len(answer) - begin)
-    while same < most and chosen[same] == answer[begin + same]:
-        same += 1
-    told = min(same + 1, most) if same else 0
+    return chosen, likeliest, logprobs
+
+
+def _aligned(
+    line: TokenLogprobs, answer: Sequence[int], names: dict[bytes, int], begin: int
+) -> tuple[NDArray[np.int32], NDArray[np.float16], int]:
+    """A line's arrays by the student's ids and tokens, and how many tokens they tell of.
+
+    What the teacher says of a token holds if all tokens before it are the same, from `begin` on.
+    """
+    chosen, likeliest, logprobs = _of_student(line, names)
+    same = len(shared_start([chosen.tolist(), answer[begin:]]))
+    told = min(same + 1, len(chosen), len(answer) - begin) if same else 0
     own = np.full((len(answer), line.top), -1, np.int32), np.zeros((len(answer), line.top), np.float16)
     own[0][begin : begin + told], own[1][begin : begin + told] = likeliest[:told], logprobs[:told]
     return *own, told

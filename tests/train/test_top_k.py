@@ -24,6 +24,8 @@ from train.soft import top_k_divergence
 from train.tokens import answered_row, key_of
 from train.top_k import endpoint_client, read_stored, token_names
 
+QWEN3 = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
@@ -64,6 +66,14 @@ def store(run: RunDir, rows: list[Kept], teacher: str, top: int = 5, *, by_bytes
         assert line is not None
         lines.append(encode_line(line))
     run.logprobs.write_bytes(b"".join(lines))
+
+
+def read(run: RunDir, rows: list[Kept], tokenizer: Any) -> list[Any]:
+    """What is known of each row."""
+    tokens = [answered_row(one, one["completion"][0], tokenizer) for one in to_examples(rows)]
+    shown = [{"id": row.id, "stripped": False} for row in rows]
+    found = read_stored(run.logprobs, shown, tokens, tokenizer, Console(quiet=True))
+    return [found[key_of(row["input_ids"])] for row in tokens]
 
 
 def test_the_divergence_is_as_by_hand() -> None:
@@ -127,18 +137,24 @@ def test_what_is_stored_is_found_after_what_the_students_template_begins_an_answ
     """A teacher that is asked not to think writes no empty thought; by Qwen3's template an answer begins with one."""
     rows, tokenizer, run = story_rows(6), AutoTokenizer.from_pretrained(models[0]), make_run(tmp_path / "run", [])
     store(run, rows, models[1], 3)
-
-    def known() -> list[Any]:
-        tokens = [answered_row(one, one["completion"][0], tokenizer) for one in to_examples(rows)]
-        shown = [{"id": row.id, "stripped": False} for row in rows]
-        found = read_stored(run.logprobs, shown, tokens, tokenizer, Console(quiet=True))
-        return [found[key_of(row["input_ids"])] for row in tokens]
-
-    plain, begin = known(), len(tokenizer("<think>\n\n</think>\n\n")["input_ids"])
-    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
-    for (ids, logprobs), (own_ids, own_logprobs) in zip(plain, known(), strict=True):
+    plain, begin = read(run, rows, tokenizer), len(tokenizer("<think>\n\n</think>\n\n")["input_ids"])
+    tokenizer.chat_template = QWEN3
+    for (ids, logprobs), (own_ids, own_logprobs) in zip(plain, read(run, rows, tokenizer), strict=True):
         assert (own_ids[:begin] == -1).all() and (ids >= 0).any()
         assert (own_ids[begin:] == ids).all() and (own_logprobs[begin:] == logprobs).all()
+    store(run, [replace(row, text=f"\n\n{row.text}") for row in rows], models[1], 3)  # as after an empty thought
+    for ids, _ in read(run, rows, tokenizer):
+        assert (ids[begin - 2 : -1] >= 0).any(axis=1).all() and (ids[: begin - 2] == -1).all()
+
+
+def test_nothing_is_told_where_the_teachers_first_token_comes_later_by_chance(
+    models: tuple[str, str], tmp_path: Path
+) -> None:
+    rows, tokenizer, run = story_rows(6), AutoTokenizer.from_pretrained(models[0]), make_run(tmp_path / "run", [])
+    store(run, [*rows[:5], replace(rows[5], text=f" {rows[5].text}")], models[1], 3)
+    *others, (last, _) = read(run, rows, tokenizer)
+    assert all((ids[:-1] >= 0).any(axis=1).all() for ids, _ in others)
+    assert (last == -1).all()
 
 
 def test_answers_without_stored_logprobs_are_refused(models: tuple[str, str], tmp_path: Path) -> None:
