@@ -21,12 +21,14 @@ hypothesis.settings.register_profile("untimed", deadline=None)  # an example may
 hypothesis.settings.load_profile("untimed")
 
 
+SIGNALS = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+
+
 @pytest.fixture(autouse=True)
 def signals() -> Iterator[None]:
-    """What a stage's `main`, run within a test, has its process do at a signal is over with that test."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    """What a test, or Ray in a module's fixture, has this process do at a signal is over with that test."""
     yield
-    for number, handler in before.items():
+    for number, handler in SIGNALS.items():
         signal.signal(number, handler)
 
 
