@@ -137,7 +137,7 @@ def agreement(glimpses: Array, other: Array) -> Array:
 
 
 def may_be_similar(glimpses: Array, other: Array, threshold: float) -> Array:
-    """Which glimpses agree with another one as those of texts do whose similarity is `threshold` or more."""
+    """Which of the glimpses may be those of texts whose similarity to another one is `threshold` or more."""
     return np.asarray(agreement(glimpses, other) >= least_agreement(threshold))
 
 

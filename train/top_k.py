@@ -81,10 +81,10 @@ def read_stored(
 
 
 def _begin(lines: Sequence[TokenLogprobs], answers: Sequence[Sequence[int]], names: dict[bytes, int]) -> int:
-    """After how many tokens of each answer the teacher's begin; `lines`: of the first of them.
+    """How many tokens of each answer come before the teacher's own; `lines`: what is stored of the first few answers.
 
-    What the student's template writes, as Qwen3's does an empty thought, is the same in all. The place is right from
-    which most tokens are those that the teacher chose.
+    The student's template writes them, as Qwen3's an empty thought, so they are the same in all answers. Of all
+    possible numbers the right one is that after which most tokens are those that the teacher chose.
     """
     pairs = [(_of_student(line, names)[0].tolist(), answer) for line, answer in zip(lines, answers, strict=False)]
     places = range(len(shared_start(answers)) + 1)
