@@ -13,6 +13,9 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -27,7 +30,6 @@ from filters.verify.guard import Unverified
 from pipeline.records import Reason
 
 _DRIVER = Path(sandbox.__file__).read_text(encoding="utf-8")
-_REPLY = 1 << 16  # bytes that are read of a process's output
 _GRACE_S = 30  # for the sandbox to start and end, on a busy machine; a container takes seconds
 _FOR_COMMANDS = ("PATH", "HOME", "XDG_RUNTIME_DIR", "DOCKER_HOST")
 
@@ -118,22 +120,25 @@ def python(answer: Answer, settings: PythonSettings) -> Verified:
 
 def run_program(program: str, tests: list[str], settings: PythonSettings) -> dict[str, Any]:
     """How it went: `passed` tests and the first `error`, or `what` ended it. Raises Unverified if it never ran."""
-    nonce = secrets.token_hex(16)
+    nonce, isolate = secrets.token_hex(16), settings.command is None
     limits = {
         "seconds": settings.seconds,
         "memory": settings.memory_mb << 20,
         "processes": settings.processes,
         "disk": settings.disk_mb << 20,
     }
-    asked = {"program": program, "tests": tests, "limits": limits, "nonce": nonce, "isolate": settings.command is None}
-    said, status = _start(json.dumps({**asked, "site_packages": settings.site_packages}), settings)
-    if not said.startswith(sandbox.STARTED):
-        raise Unverified(f"the sandbox did not start: {said.decode(errors='replace').strip()[-300:]}")
+    asked = {"program": program, "tests": tests, "limits": limits, "nonce": nonce, "isolate": isolate}
+    with tempfile.TemporaryDirectory(prefix="verify-") as folder:
+        asked |= {"site_packages": settings.site_packages, "folder": folder if isolate else None}
+        with _sandbox(settings, folder) as box:
+            status, said = box.run(json.dumps(asked), settings.seconds + _GRACE_S)
     try:
-        reply = json.loads(said[len(sandbox.STARTED) :])
+        reply = json.loads(said)
     except ValueError:
         reply = {}
     if not isinstance(reply, dict) or reply.get("nonce") != nonce:
+        if status < 0:
+            raise Unverified("the sandbox was killed")
         if status in (sandbox.TIMED_OUT, sandbox.KILLED + signal.SIGXCPU):
             return {"what": "time", "error": f"{settings.seconds:g} s"}
         return {"what": "ended", "error": f"exit status {status}"}
@@ -144,17 +149,37 @@ def run_program(program: str, tests: list[str], settings: PythonSettings) -> dic
     return reply
 
 
-def _start(asked: str, settings: PythonSettings) -> tuple[bytes, int]:
-    """What the process said, at most _REPLY bytes, and its exit status. Raises Unverified if another one killed it."""
-    command = [*(settings.command or [sys.executable]), "-I", "-B", *([] if settings.site_packages else ["-S"])]
-    environment = {name: os.environ[name] for name in _FOR_COMMANDS if name in os.environ} if settings.command else {}
-    with tempfile.TemporaryDirectory(prefix="verify-") as folder, tempfile.TemporaryFile() as request:
-        request.write(asked.encode())
-        request.seek(0)
+@contextmanager
+def _sandbox(settings: PythonSettings, folder: str) -> Iterator["Sandbox"]:
+    """One that waits, or a new one. A container is for one program: what that started may still be in it."""
+    waiting = _waiting[os.getpid(), settings.site_packages] if settings.command is None else []
+    while waiting:
+        if (box := waiting.pop()).process.poll() is None:
+            break
+    else:
+        box = Sandbox(settings, folder)
+    try:
+        yield box
+    except BaseException:
+        box.close()
+        raise
+    if settings.command is None:
+        waiting.append(box)
+    else:
+        box.close()
+
+
+class Sandbox:
+    """A process that runs programs, one at a time (filters.verify.sandbox)."""
+
+    def __init__(self, settings: PythonSettings, folder: str) -> None:
+        command = [*(settings.command or [sys.executable]), "-I", "-B", *([] if settings.site_packages else ["-S"])]
+        names = _FOR_COMMANDS if settings.command else ()
+        environment = {name: os.environ[name] for name in names if name in os.environ}
         try:
-            process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 [*command, "-c", _DRIVER],
-                stdin=request,
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 env={**environment, "MALLOC_ARENA_MAX": "1"},  # else each thread reserves 64 MiB
@@ -163,14 +188,30 @@ def _start(asked: str, settings: PythonSettings) -> tuple[bytes, int]:
             )
         except OSError as error:
             raise Unverified(f"{command[0]}: {error.strerror}") from None
-        assert process.stdout is not None
-        with process.stdout as output:
-            said, deadline = b"", time.monotonic() + settings.seconds + _GRACE_S
-            while len(said) < _REPLY and wait([output.fileno()], deadline - time.monotonic()):
-                if not (piece := os.read(output.fileno(), _REPLY)):
-                    if (status := process.wait()) < 0:
-                        raise Unverified("the sandbox was killed")
-                    return said, status
-                said += piece
-            os.killpg(process.pid, signal.SIGKILL)
-            return said, process.wait()
+
+    def run(self, asked: str, seconds: float) -> tuple[int, str]:
+        """The exit status of the program's process and what it said. Raises Unverified if the sandbox fails."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        said, deadline, output = b"", time.monotonic() + seconds, self.process.stdout.fileno()
+        with suppress(BrokenPipeError):  # its output says why
+            self.process.stdin.write(asked.encode() + b"\n")
+            self.process.stdin.flush()
+        while wait([output], deadline - time.monotonic()):
+            said += (piece := os.read(output, sandbox.REPLY))
+            _, ended, reply = said.partition(sandbox.ENDED)
+            if ended and reply.endswith(b"\n"):
+                status, heard = json.loads(reply)
+                return status, heard
+            if not piece:
+                if self.process.wait() < 0:
+                    raise Unverified("the sandbox was killed")
+                raise Unverified(f"the sandbox did not start: {said.decode(errors='replace').strip()[-300:]}")
+        raise Unverified(f"the sandbox did not end in {seconds:g} s")
+
+    def close(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.communicate()
+
+
+_waiting: dict[tuple[int, bool], list[Sandbox]] = defaultdict(list)  # by process and `site_packages`

@@ -1,8 +1,8 @@
-"""Runs a program and its tests where they can do little harm. Standard library only: it is also run by `python -c`.
+"""Runs programs and their tests where they can do little harm. Standard library only: it is run by `python -c`.
 
-Reads one JSON object from standard input (see `main`), writes one to standard output. What each layer is worth, and
-what none of them stops, is in docs/verifiers.md. All of it works without root; a layer that the kernel refuses is named
-in the reply under `missing`. Sources: namespaces(7), landlock(7), setrlimit(2).
+Each line of standard input asks for one program, a line of standard output tells how it went (see `main`). What each
+layer is worth, and what none of them stops, is in docs/verifiers.md. All of it works without root; a layer that the
+kernel refuses is named in the reply under `missing`. Sources: namespaces(7), landlock(7), setrlimit(2).
 """
 
 import ast
@@ -10,6 +10,7 @@ import ctypes
 import json
 import os
 import resource
+import select
 import signal
 import sys
 import types
@@ -25,7 +26,9 @@ _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446  # the same 
 _READ_FILE, _READ_DIR = 1 << 2, 1 << 3
 _SYSTEM = ["/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo"]  # shared libraries, time zones
 _DEVICES = ["/dev/null", "/dev/zero", "/dev/urandom"]
-STARTED, TIMED_OUT, KILLED = b"started\n", 124, 128  # exit statuses as shells have them: KILLED + the signal
+ENDED = b"ended "  # begins a line of standard output; what starts a container may say more
+REPLY = 1 << 16  # bytes that are read of what a program's process says
+TIMED_OUT, KILLED = 124, 128  # exit statuses as shells have them: KILLED + the signal
 WORK = "/answer"  # the only folder that a program can write, where namespaces work
 
 
@@ -71,18 +74,55 @@ def limit(name: str, most: int) -> None:
 
 
 def main() -> None:
-    """Runs what standard input asks for: `program`, then `tests`, under `limits` (seconds, bytes, processes).
+    """Runs what each line asks for, one after the other: a fork of this process starts sooner than a new Python.
 
-    The reply begins with STARTED. An object with the `nonce` follows if the program and its tests came to their end.
+    Answers with ENDED, the fork's exit status and what it said.
     """
-    asked = json.load(sys.stdin)
-    reply, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
+    for line in sys.stdin.buffer:
+        heard, reply = os.pipe()
+        if (fork := os.fork()) == 0:
+            try:
+                os.close(heard)
+                _run_one(json.loads(line), reply)
+            finally:
+                os.kill(os.getpid(), signal.SIGKILL)  # what failed is not the program
+        os.close(reply)
+        said = _hear(heard)
+        status = os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1])
+        sys.stdout.buffer.write(ENDED + json.dumps([status, said.decode(errors="replace")]).encode() + b"\n")
+        sys.stdout.buffer.flush()
+
+
+def _hear(pipe: int) -> bytes:
+    """What is said until the pipe ends, or REPLY bytes of it. Ends this process when nobody reads its output."""
+    events = select.poll()
+    events.register(pipe, select.POLLIN)
+    events.register(1, 0)
+    said = b""
+    while len(said) < REPLY:
+        if 1 in dict(events.poll()):
+            os._exit(1)  # the program ends with it
+        if not (piece := os.read(pipe, REPLY)):
+            break
+        said += piece
+    os.close(pipe)
+    return said
+
+
+def _run_one(asked: dict[str, Any], reply: int) -> None:
+    """Runs a `program`, then its `tests`, in a `folder` (none: this one) under `limits` (seconds, bytes, processes).
+
+    An object with the `nonce` is written to `reply` if the program and its tests came to their end.
+    """
+    os.setsid()
+    die_with_parent()
+    null = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):
         os.dup2(null, stream)
     os.environ.clear()
     os.umask(0o022)
-    die_with_parent()
-    os.write(reply, STARTED)
+    if asked["folder"]:
+        os.chdir(asked["folder"])
     user = 20_000 + os.getpid() % 40_000  # in place of root: one of its own, so that its processes can be counted
     apart = not asked["isolate"] or _unshare()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
