@@ -65,11 +65,9 @@ class Model:
     @property
     def told(self) -> str:
         """How it is asked, in words."""
-        if self.key != TEACHER:
-            system = self.recipe.student.system if self.recipe.student else None
-            return "told its own system prompt" if system else "asked the question alone"
-        told = told_in_words(self.recipe.teacher)
-        return f"told {told}" if told else "asked the question alone"
+        own = "its own system prompt" if self.recipe.student and self.recipe.student.system else ""
+        told = told_in_words(self.recipe.teacher) if self.key == TEACHER else own
+        return f"told {told}" if told else "told nothing more than the prompt"
 
     def at(self, base_url: str) -> None:
         """Marks the model as ready: it answers there, under its own name."""

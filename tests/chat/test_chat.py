@@ -69,6 +69,17 @@ def test_each_is_asked_as_it_must_be_asked() -> None:
     assert teacher["max_tokens"] == student["max_tokens"] == 500  # the recipe's own sampling
 
 
+def test_what_each_is_told_is_said_and_a_prompt_may_bring_a_system_message() -> None:
+    prompts = {"template": "Hi", "count": 1, "system": "You are kind."}
+    sections: dict[str, Any] = {"name": "x", "teacher": {"model": "t"}, "prompts": prompts}
+    for student, told in ((None, "nothing more than the prompt"), ("Be brief.", "its own system prompt")):
+        recipe = Recipe.model_validate({**sections, "student": {"model": "s", "system": student}})
+        assert Model(AFTER, "student", recipe).told == f"told {told}"
+        assert Model(TEACHER, "teacher", recipe).told == "told nothing more than the prompt"
+    taught = {**sections, "prompts": {"template": "Hi", "count": 1}, "teacher": {"model": "t", **TOLD}}
+    assert Model(TEACHER, "teacher", Recipe.model_validate(taught)).told == "told a system prompt and 1 example"
+
+
 def test_an_answer_comes_in_pieces_and_ends_with_its_figures() -> None:
     price = {"teacher": {"model": "m", "price": {"input": 1.0, "output": 2.0}}}
     with misbehaving(lambda asked: streaming("<think>so", "</think>", "Yes.", every_s=0.02)) as server:
