@@ -66,8 +66,9 @@ def _read_pieces(model: Any) -> None:
     of_bytes, with_pieces = model._set_vocab_gpt2, model._set_vocab_sentencepiece
 
     def from_tokenizer(self: Any) -> tuple[list[bytes], list[float], list[int]]:
-        if not (tokenizer := _with_pieces(self.dir_model)):
-            raise FileNotFoundError(f"{self.dir_model}: its tokenizer has no pieces")  # the converter then tries bytes
+        tokenizer = json.loads((self.dir_model / "tokenizer.json").read_bytes())
+        if not tokenizer["model"].get("byte_fallback"):
+            raise FileNotFoundError(f"{self.dir_model}: its tokenizer has no pieces")  # bytes are tried then
         return _pieces(tokenizer, self.hparams["vocab_size"])
 
     def set_pieces(self: Any, add_to_gguf: bool = True) -> None:
@@ -75,17 +76,14 @@ def _read_pieces(model: Any) -> None:
         self.gguf_writer.add_add_space_prefix(_begins_with_blank(self.dir_model))
 
     def set_vocabulary(self: Any) -> None:
-        (set_pieces if _with_pieces(self.dir_model) else of_bytes)(self)
+        try:
+            set_pieces(self)
+        except FileNotFoundError:
+            of_bytes(self)
 
     model._create_vocab_sentencepiece, model._set_vocab_sentencepiece = from_tokenizer, set_pieces
     model._set_vocab_gpt2 = set_vocabulary
     importlib.import_module("conversion.phi").Phi3MiniModel.set_vocab = set_vocabulary
-
-
-def _with_pieces(folder: Path) -> dict[str, Any]:
-    """The tokenizer.json in a folder, if its tokens are pieces of SentencePiece; else an empty one."""
-    tokenizer: dict[str, Any] = json.loads((folder / "tokenizer.json").read_bytes())
-    return tokenizer if tokenizer["model"].get("byte_fallback") else {}
 
 
 def _pieces(tokenizer: dict[str, Any], count: int) -> tuple[list[bytes], list[float], list[int]]:
