@@ -25,7 +25,7 @@ from benchmarks.measure import flags, show
 from pipeline.cli import run_stage
 from pipeline.errors import UsageError
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "flash_attn", "vllm")
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "flash_attn")
 COLUMNS = {
     "tokens_per_s": "{:,.0f}",
     "share_of_peak": "{:.1%}",
@@ -66,7 +66,7 @@ def machine() -> dict[str, str]:
         card = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         card = "none"
-    found = {name: version(name) for name in PACKAGES if find_spec(name) and name != "vllm"}
+    found = {name: version(name) for name in PACKAGES if find_spec(name)}
     return {"card, driver, memory": card, "python": sys.version.split()[0], **found}
 
 

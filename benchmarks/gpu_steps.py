@@ -23,8 +23,8 @@ from typing import Any
 from unittest.mock import patch
 
 from benchmarks.gpu_models import LONGER, random_model, rows
+from pipeline.resources import GIB
 
-GIB = 1 << 30
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "T4": 65e12}  # dense, 16 bits, by NVIDIA
 WARM_UP = 6  # steps that are not counted
 PROFILED = 3  # steps
