@@ -60,7 +60,7 @@ train: $(TRAIN) $(NODES)  ## train the student on kept.jsonl; CLUSTER=auto: by a
 evaluate: $(TRAIN) $(SERVE)  ## measure teacher, student before and student after: quality, speed, memory
 	@exec $(PY) -m evaluate $(COMMON) $(value ARGS)
 
-report: $(TRAIN)  ## write report.html again from report.json
+report: $(TRAIN)  ## write report.json and report.html again from what evaluate has measured
 	@exec $(PY) -m evaluate $(COMMON) --report-only $(value ARGS)
 
 check-run: $(BASE)  ## hold a run, at any stage, against the checklist of a good run (ARGS=--strict: unknown points fail too)
