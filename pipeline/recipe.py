@@ -30,7 +30,7 @@ from pipeline.student_config import StudentConfig, is_file_name
 from pipeline.teacher_config import TeacherConfig
 from pipeline.train_config import TrainConfig
 
-# Relative to the recipe, as the `file` of a filter rule is.
+# Relative to the recipe, as the files that a rule names are.
 FILES = (
     ("teacher", "examples"),
     ("student", "chat_template"),
