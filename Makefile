@@ -33,7 +33,7 @@ ON_CLUSTER := $(if $(CLUSTER),--cluster $(call quoted,$(CLUSTER)))
 help:  ## this list, in the order of use
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 16
 
-demo: $(TRAIN) $(SERVE)  ## the whole chain on this machine, small: no GPU, no model hub (10 to 20 minutes)
+demo: $(TRAIN) $(SERVE)  ## the whole chain on this machine, small: no GPU, no model hub (10 to 25 minutes)
 	@exec $(PY) -m chain recipes/demo.yaml $(IN_RUN) $(value ARGS)
 
 setup: $(if $(WHEELHOUSE),,$(BASE) $(TRAIN) $(SERVE) $(DEV))  ## everything that the targets below need, into .venv (each target also does its own part by itself); without network: WHEELHOUSE=folder
