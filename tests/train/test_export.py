@@ -396,8 +396,10 @@ def test_the_data_set_loads_with_its_splits_whatever_the_rows_hold(tmp_path: Pat
         assert loaded[row.id]["completion"] == [{"role": "assistant", "content": row.text}]
         assert json.loads(loaded[row.id]["slots"]) == row.slots
         assert json.loads(loaded[row.id]["scores"]) == row.scores
+    assert {row["tools"] for row in loaded.values()} == {None}
     card = ModelCard.load(folder / "README.md")
     assert card.data.to_dict()["size_categories"] == ["n<1K"]
+    assert "null if there are none" in next(line for line in card.text.splitlines() if "`tools`" in line)
     assert "endpoint" not in "".join(file.read_text() for file in folder.rglob("*.jsonl"))
 
 
