@@ -105,8 +105,6 @@ ALONE = Processes()
 def launched() -> Processes:
     """This process, as the launcher says; without a launcher it is alone."""
     rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    # The launcher's "true" makes from_pretrained leave every model but the first process's empty: the teacher too.
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     local_rank = int(os.environ["LOCAL_RANK"]) if _is_set(OWN_FOLDER) else None
     return Processes(rank, count, sharded=count > 1 and _is_set("ACCELERATE_USE_FSDP"), local_rank=local_rank)
 

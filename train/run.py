@@ -7,6 +7,7 @@ is saved: after a kill, the same command continues from the last one.
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -131,6 +132,8 @@ def train_run(
 
 def train_launched(recipe: Recipe, run: RunDir, flags: dict[str, bool]) -> None:
     """Trains, as one of the processes that the launcher has started. The first holds the run's lock."""
+    # The launcher's "true" makes from_pretrained leave every model but the first process's empty: the teacher too.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     processes = launched()
     with run.locked() if processes.lead else nullcontext():
         train_run(recipe, run, **flags, processes=processes)

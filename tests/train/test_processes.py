@@ -1,5 +1,6 @@
 """What a launcher may be told, and what is refused with one line; the trainings themselves are in test_train.py."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,7 @@ def test_a_process_is_what_the_launcher_says(
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     assert launched() == expected
     assert launched().shards == (4 if expected.sharded else 1)
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"  # to ask changes nothing
 
 
 @pytest.mark.parametrize(
