@@ -1,6 +1,6 @@
 """The vLLM command for a model on a machine: from the settings and what was detected to argv and environment.
 
-Pure: reads nothing and starts nothing. On a GPU vLLM's own defaults stay. On a CPU they do not fit:
+Starts nothing, and reads only whether a model is a folder. On a GPU vLLM's own defaults stay. On a CPU they do not fit:
 
     dtype     float32, unless the CPU multiplies bfloat16 in hardware (emulated bfloat16 is three times slower)
     threads   one for every usable core; vLLM's default keeps one core free, half of a small machine

@@ -69,7 +69,7 @@ ROUNDING_LOSS = 0.01  # nats per token, 1% of perplexity: what storing a model i
 COMPARED_TEXTS = 50  # answers that both tokenizers must split alike
 
 # Train and validation: prompt-completion rows (train.rows.to_examples). Where the student follows a teacher, those of
-# train have more: `told`, the teacher's own messages, and `id`.
+# train have more: what train.run._of_teacher adds.
 Examples = Mapping[str, Sequence[dict[str, Any]]]
 
 
@@ -334,9 +334,9 @@ def check_marks(tokenizer: Any) -> None:
 
 
 def _trainer(model: Any, tokenizer: Any, examples: Examples, setting: Setting) -> StudentTrainer:
-    """The trainer of the recipe's method, or of its rows' text, tokenised.
+    """The trainer of lora, qlora, full and kd; for gold and on_policy, whose student and tokenised rows theirs takes.
 
-    Says what memory a teacher or checkpointing is about.
+    Says what memory a teacher takes, and whether checkpointing saves some.
     """
     config, folder, processes, teacher = setting.config, setting.folder, setting.processes, setting.teacher
     followed = []  # the teacher, if it is beside the student
