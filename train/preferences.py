@@ -62,7 +62,7 @@ def check_start(recipe: Recipe, run: RunDir) -> None:
 
 def learned_from_answers(student: Path) -> bool:
     """Whether there is a student, and no further method made it."""
-    return trained_section(student).get("method", "dpo") not in FURTHER
+    return trained_section(student).get("method") not in (None, *FURTHER)
 
 
 def checks_of(student: Path | None) -> list[Check]:
