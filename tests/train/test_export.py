@@ -324,6 +324,14 @@ def test_a_student_without_its_tokenizer_is_not_exported(trained: tuple[Recipe, 
     assert not (tmp_path / "export").exists()
 
 
+def test_a_student_without_its_lineage_has_no_card(trained: tuple[Recipe, RunDir], tmp_path: Path) -> None:
+    recipe, run = trained
+    shutil.copytree(run.student, tmp_path / "student")
+    RunDir(tmp_path / "student").lineage.unlink()
+    with pytest.raises(UsageError, match=r"student: its lineage\.json is gone, .*; train again"):
+        export_model(recipe, RunDir(tmp_path))
+
+
 def test_there_is_nothing_to_export_before_training(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no student yet; run train first"):
         export_model(make_recipe("student"), make_run(tmp_path, story_rows(3)))

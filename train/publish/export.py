@@ -187,13 +187,13 @@ def _dataset_rows(rows: Sequence[Kept], recipe: Recipe, run: RunDir) -> Iterator
 def _student_lineage(recipe: Recipe, run: RunDir) -> dict[str, Any]:
     """The lineage that the student was saved with, with its scores if this very student was evaluated since.
 
-    Raises UsageError if there is no student, its tokenizer cannot be loaded, or another recipe trained it: the card
-    would tell of that recipe.
+    Raises UsageError if there is no student, its tokenizer cannot be loaded, it has no lineage, or another recipe
+    trained it: the card would tell of that recipe.
     """
     check_trained(recipe, run)
     lineage = read_lineage(RunDir(run.student))
     if "train" not in lineage:
-        raise UsageError(f"{run.student}: no student yet; run train first")
+        raise UsageError(f"{run.student}: its lineage.json is gone, which a card is made of; train again")
     load_tokenizer(str(run.student))  # a folder without one is of no use
     lineage.pop("evaluate", None)  # of a student before it
     now = read_lineage(run)
