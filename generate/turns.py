@@ -56,10 +56,12 @@ def passes(recipe: Recipe, run: RunDir) -> Iterator[tuple[Recipe, RunDir]]:
     check_teacher(asked_of_user.teacher)
     _check_names(recipe)
 
-    own = recipe.prompts
+    own, turns = recipe.prompts, run.path / "turns"
     prompts = own.model_copy(update={"user": None})
-    *turns, _ = pass_folders(run, user)
-    for answers, replies in zip(turns[::2], turns[1::2], strict=True):
+    for number in range(1, user.turns + 1):
+        answers, replies = (
+            RunDir(turns / f"{number}-{side}", internal=True, first=number == 1) for side in ("teacher", "user")
+        )
         teacher = asking(prompts, answers)
         yield teacher, answers
         questions = _written(replies.path / "questions.jsonl", _for_user(answers, teacher, user))
@@ -72,16 +74,9 @@ def passes(recipe: Recipe, run: RunDir) -> Iterator[tuple[Recipe, RunDir]]:
     yield asking(prompts.model_copy(update={"user": user}), run), run
 
 
-def pass_folders(run: RunDir, user: UserConfig) -> list[RunDir]:
-    """The passes of a run, in order; the last is the run itself."""
-    sides = [(number, side) for number in range(1, user.turns + 1) for side in ("teacher", "user")]
-    folder = run.path / "turns"
-    return [*(RunDir(folder / f"{number}-{side}", internal=True, first=number == 1) for number, side in sides), run]
-
-
 def turn_folders(run: RunDir) -> list[RunDir]:
     """The passes before the last that a run has, also those of an earlier recipe with more turns."""
-    return [RunDir(path) for path in sorted((run.path / "turns").glob("*/")) if path.is_dir()]
+    return [RunDir(path) for path in sorted((run.path / "turns").glob("*/"))]
 
 
 def described(user: UserConfig, run: RunDir) -> dict[str, Any]:

@@ -14,14 +14,13 @@ from generate.__main__ import main
 from generate.context import Run
 from generate.run import agenerate, generate, pending
 from generate.summary import save
-from generate.turns import OPENING, SYSTEM, as_the_user_sees, pass_folders, passes
+from generate.turns import OPENING, SYSTEM, as_the_user_sees, passes
 from pipeline.errors import BudgetReached, DataError, DistillError, RecipeError, UsageError
 from pipeline.lineage import read_lineage
 from pipeline.prompts_config import PromptsConfig
 from pipeline.recipe import Recipe
 from pipeline.records import Message, Prompt, read_jsonl
 from pipeline.rundir import RunDir
-from pipeline.user_config import UserConfig
 from tests.generate.test_cli import ROOT, until_answered
 from tests.servers.misbehaving_server import (
     Asked,
@@ -288,7 +287,7 @@ def test_killed_in_each_pass_no_answer_is_lost_or_asked_again(run: RunDir) -> No
         path = run.path.with_name("recipe.yaml")
         path.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude={"student"})))
         command = [sys.executable, "-m", "generate", str(path), "--run", str(run.path), "--quiet"]
-        folders, before = pass_folders(run, UserConfig()), []
+        folders, before = [*(RunDir(run.path / "turns" / name) for name in ("1-teacher", "1-user")), run], []
         for folder in folders:
             with subprocess.Popen(command, cwd=ROOT) as process:
                 until_answered(folder, 5)
