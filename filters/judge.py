@@ -20,7 +20,7 @@ import msgspec
 
 from filters.judgements import SCORES, Judgement, undiscerning
 from filters.verify.extract import plain
-from generate.budget import known_price, shared_budget
+from generate.budget import shared_budget
 from generate.journal import Journal
 from generate.prompts import prompt_id
 from generate.run import generate
@@ -151,7 +151,7 @@ class Judge:
         schema = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
         form = {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": schema}}
         others = {path for folder in self.folders for path in folder.glob("*/*/")} - {asked.path}
-        recipe = self.recipe.model_copy(
+        return self.recipe.model_copy(
             update={
                 "name": f"{self.recipe.name}-judge",
                 "teacher": self.endpoint,
@@ -167,8 +167,6 @@ class Judge:
                 "budget": shared_budget(config.budget, map(RunDir, others)),
             }
         )
-        known_price(recipe, f"{self.endpoint.section}.price")
-        return recipe
 
     def _why(self, failure: Failure | None) -> str | None:
         if failure is None:

@@ -268,18 +268,15 @@ def account_of(run: RunDir, found: Contents, price: Price | None) -> Account:
     return Account(before.unsaid, cost, found.prompt_tokens, found.completion_tokens, price)
 
 
-def known_price(recipe: Recipe, key: str = "teacher.price") -> Price | None:
-    """The price of the teacher's tokens. Raises RecipeError if it is not known and budget.usd needs it.
-
-    `key`: where a recipe says that price; the error names it.
-    """
+def known_price(recipe: Recipe) -> Price | None:
+    """The price of the teacher's tokens. Raises RecipeError if it is not known and budget.usd needs it."""
     price = price_of(recipe.teacher, recipe.generate.mode)
     dearer = None if recipe.teacher.price else dearer_by(recipe.sampling.extra)
     if recipe.budget.usd is not None and (price is None or dearer):
         known = f"only known without sampling.extra.{dearer}" if price else "not known"
         raise RecipeError(
             f"budget.usd is {recipe.budget.usd:g}, but the price of {recipe.teacher.model} is {known}: set "
-            f"{key}: {{input: …, output: …}}, in USD per million tokens"
+            f"{recipe.teacher.section}.price: {{input: …, output: …}}, in USD per million tokens"
         )
     return price
 

@@ -52,7 +52,7 @@ def passes(recipe: Recipe, run: RunDir) -> Iterator[tuple[Recipe, RunDir]]:
         yield asking(recipe.prompts, run), run
         return
     asked_of_user = _as_user(recipe, user)
-    known_price(asked_of_user, "prompts.user.price")
+    known_price(asked_of_user)
     check_teacher(asked_of_user.teacher)
     _check_names(recipe)
 
