@@ -366,7 +366,7 @@ def read_human(path: Path, config: PromptsConfig, asked: Sequence[Prompt] = ()) 
         try:
             *question, answer = msgspec.convert(line, HumanRow).conversation()
             turns = [Turn(turn.role, turn.content) for turn in question]
-            prompt = make_prompt(PromptRow(messages=turns, columns=columns), config.system, config.tools)
+            prompt = make_prompt(PromptRow(messages=turns, columns=columns), config)
         except ValueError as error:
             raise DataError(f"{path}: row {number}: {error}") from None
         if config.group is not None and config.group not in columns:

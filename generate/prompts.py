@@ -75,7 +75,7 @@ def _from_template(config: PromptsConfig) -> Iterator[Prompt]:
     for text, slots in grammar.draw(config.count or 0, config.seed):
         row = PromptRow(prompt=text, slots=slots, reference=grammar.reference(slots))
         try:
-            yield make_prompt(row, config.system, config.tools)
+            yield make_prompt(row, config)
         except ValueError as error:
             raise RecipeError(f"prompts.template with {slots}: {error}") from None
 
@@ -110,7 +110,7 @@ def _prompts_of_rows(config: PromptsConfig) -> Iterator[tuple[str, Prompt]]:
     """The prompt of each row, and where it stands. Raises DataError at the first that is wrong."""
     for where, row in read_rows(config):
         try:
-            yield where, make_prompt(_prompt_row(row, config), config.system, config.tools)
+            yield where, make_prompt(_prompt_row(row, config), config)
         except msgspec.ValidationError as error:
             raise DataError(f"{where}: {error}; {SHAPE}") from None
         except ValueError as error:
@@ -172,8 +172,8 @@ def _says_more(turn: Any) -> bool:
     return isinstance(turn, dict) and any(turn[key] is not None for key in turn.keys() - set(Message.__struct_fields__))
 
 
-def make_prompt(row: PromptRow, system: str | None = None, tools: list[Json] | None = None) -> Prompt:
-    """The prompt of a row; `system` comes first if the row has no such message, and it has `tools` if it names none.
+def make_prompt(row: PromptRow, config: PromptsConfig) -> Prompt:
+    """The prompt of a row, with the recipe's `system` if it has no such message, and its `tools` if it names none.
 
     Raises ValueError if a row is wrong.
     """
@@ -188,19 +188,19 @@ def make_prompt(row: PromptRow, system: str | None = None, tools: list[Json] | N
     if not messages[-1].content.strip() and messages[-1].role != "tool":
         raise ValueError("the prompt is empty")
     try:
-        own = (tools or []) if row.tools is None else read_tools(row.tools)
+        tools = config.tools if row.tools is None else read_tools(row.tools)
     except ValueError as error:
         raise ValueError(f"tools {error}") from None
-    if system is not None and messages[0].role not in INSTRUCTIONS:
-        messages = [Message(role="system", content=system), *messages]
+    if config.system is not None and messages[0].role not in INSTRUCTIONS:
+        messages = [Message(role="system", content=config.system), *messages]
     try:
         prompt = Prompt(
-            id=prompt_id(messages, own) if row.id in (None, "") else str(row.id),
+            id=prompt_id(messages, tools) if row.id in (None, "") else str(row.id),
             messages=messages,
             slots=row.slots or {},
             reference=row.reference,
             columns=row.columns,
-            tools=own,
+            tools=tools,
         )
         size = len(_encoder.encode(prompt))
     except UnicodeEncodeError:

@@ -173,7 +173,7 @@ def _fresh(config: PromptsConfig, asked: KnownQuestions, key: str) -> Iterator[P
     for index in range(grammar.size):
         text, slots = grammar.at(shuffled(index, grammar.size, key))
         row = PromptRow(prompt=text, slots=slots, reference=grammar.reference(slots))
-        prompt = make_prompt(row, config.system, config.tools)
+        prompt = make_prompt(row, config)
         if not asked.has(prompt) and not asked.has_combination(prompt):
             yield prompt
 
