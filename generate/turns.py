@@ -21,11 +21,10 @@ from generate.jobs import build_jobs
 from generate.prompts import iter_prompts
 from pipeline.errors import DataError
 from pipeline.lineage import read_lineage, spent_in_all
-from pipeline.prompts_config import PromptsConfig
+from pipeline.prompts_config import PromptsConfig, UserConfig
 from pipeline.recipe import Recipe
 from pipeline.records import Completion, Message, Prompt, Request, asked_fields
 from pipeline.rundir import RunDir, write_jsonl
-from pipeline.user_config import UserConfig
 
 OPENING = "Write your first message."  # chat templates want a conversation to begin with the role `user`
 OTHER_SIDE = {"user": "assistant", "assistant": "user"}

@@ -13,9 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from pipeline.records import BOM, Asked, Json, Part, Prompt, as_text, question_text
-from pipeline.section import AnyValue, Section, as_given, json_value
+from pipeline.section import AnyValue, OtherModelConfig, Section, as_given, json_value
 from pipeline.turns_and_tools import read_tools
-from pipeline.user_config import UserConfig
 
 HUB = "hub:"  # begins a `prompts.file` that is a data set of the Hub
 RowPart = Literal["prompt", "messages", "reference", "id", "slots", "tools"]
@@ -53,6 +52,17 @@ Slot = Annotated[
 def slot_values(slot: list[str] | ChooseSlot) -> list[str]:
     """What a slot may be filled with."""
     return slot.from_ if isinstance(slot, ChooseSlot) else slot
+
+
+class UserConfig(OtherModelConfig):
+    """A second model plays the user: it writes the next message, the teacher answers, and one budget pays both."""
+
+    turns: int = Field(1, ge=1)
+    """Messages that it writes; the record has the whole conversation, and the last answer as its text."""
+    system: str | None = None
+    """What it is told: who the user is, and what they want; null: to react to the answer, and to ask on."""
+    max_tokens: int = Field(200, ge=1)
+    """Tokens of a message, at most."""
 
 
 class PromptsConfig(Section):

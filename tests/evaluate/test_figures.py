@@ -32,11 +32,10 @@ from evaluate.measure.probes import ProbePrompts
 from evaluate.measure.results import ProbeResult, RowScore, answer_row
 from evaluate.models import kv_bytes_per_token
 from filters.ruleset import RuleSet, load_rules
-from pipeline.prompts_config import PromptsConfig
+from pipeline.prompts_config import PromptsConfig, UserConfig
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, Message, Prompt, Reason
 from pipeline.serve_config import ServeConfig
-from pipeline.user_config import UserConfig
 from tests.completion_fields import completion_fields
 
 RULES = [{"rule": "length", "min_chars": 10, "max_chars": 100}]

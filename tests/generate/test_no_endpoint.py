@@ -8,9 +8,9 @@ from generate.client import no_endpoint
 from generate.run import generate
 from pipeline.errors import DistillError
 from pipeline.filters_config import JudgeConfig
+from pipeline.prompts_config import UserConfig
 from pipeline.rundir import RunDir
 from pipeline.teacher_config import TeacherConfig
-from pipeline.user_config import UserConfig
 from tests.servers.misbehaving_server import error, misbehaving, recipe_for
 
 WHY = "Name or service not known"

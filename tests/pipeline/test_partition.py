@@ -8,10 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import RecipeError
-from pipeline.prompts_config import PromptsConfig
+from pipeline.prompts_config import PromptsConfig, UserConfig
 from pipeline.recipe import load_recipe
 from pipeline.records import Json, Message, Prompt, Slots
-from pipeline.user_config import UserConfig
 
 PROMPTS = PromptsConfig(template="x", count=1, validation=0.05, test=0.1)
 GROUPED = PromptsConfig(file=Path("x.jsonl"), group="function", validation=0.3, test=0.3)
