@@ -155,8 +155,7 @@ class Search:
     def __init__(self, sketches: Sketches, what: str, alive: Array, compared: int) -> None:
         self._what, self._compared, self._ngrams_of = what, compared, sketches.ngrams_of(what)
         self._threshold = threshold = thresholds(sketches.config)[what]
-        texts = sketches.rows[what]
-        self._digests, self._glimpses = texts["digest"], None if threshold is None else texts["glimpse"]
+        self._texts = texts = sketches.rows[what]
         self._keys = texts["digest"][:, None] if threshold is None else texts["bands"]
         self._shared = np.zeros(self._keys.shape, bool)  # keys that several rows have: no other one needs a look
         for column in range(self._keys.shape[1]):
@@ -180,10 +179,11 @@ class Search:
         if not members:
             return None
         others = np.concatenate(members)
-        same = others[self._digests[others] == self._digests[row]]
-        if len(same) or self._threshold is None or self._glimpses is None:
+        texts = self._texts
+        same = others[texts["digest"][others] == texts["digest"][row]]
+        if len(same) or self._threshold is None:
             return Match(self._what, int(same[0]), None) if len(same) else None
-        may_be = may_be_similar(self._glimpses[others], self._glimpses[row], self._threshold)
+        may_be = may_be_similar(texts["glimpse"][others], texts["glimpse"][row], self._threshold)
         likely = dict.fromkeys(others[may_be].tolist())
         if not likely:
             return None
