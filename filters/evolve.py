@@ -146,8 +146,8 @@ def evolve(
         except BudgetReached as error:
             stopped = error
         answers = {request.prompt_id: answer for request, answer in asked_rows(asking, asked.completions, Completion)}
-        asked_of = questions.items() if quiet else reporting(questions.items(), "{:,} replies looked at so far".format)
-        new, left_out = _new_prompts(asked_of, answers, distinct, number, group)
+        replies = questions.values() if quiet else reporting(questions.values(), "{:,} replies looked at so far".format)
+        new, left_out = _new_prompts(replies, answers, distinct, number, group)
         prompts += new
         done.append(Round(asked=len(questions), failed=failed, new=len(new), left_out=left_out))
     write_jsonl(run.path / "evolved.jsonl", prompts)
@@ -211,18 +211,14 @@ def _recipe_of_round(recipe: Recipe, asked: RunDir, questions: Sequence[Prompt])
 
 
 def _new_prompts(
-    questions: Iterable[tuple[str, Question]],
-    answers: dict[str, Completion],
-    distinct: Distinct,
-    number: int,
-    group: str,
+    questions: Iterable[Question], answers: dict[str, Completion], distinct: Distinct, number: int, group: str
 ) -> tuple[list[Prompt], Counter[str]]:
     """The prompts that a round's replies make, in the order of its questions; and what is left out, by the reason."""
     found, left_out = list[Prompt](), Counter[str]()
-    for id_, (parent, way, _) in questions:
-        if id_ not in answers:
+    for parent, way, asked in questions:
+        if asked.id not in answers:
             continue
-        text, wrong = read_prompt(answers[id_])
+        text, wrong = read_prompt(answers[asked.id])
         if wrong is None and not distinct.add(text):
             wrong = "near_duplicate"
         if wrong:
