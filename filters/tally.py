@@ -9,7 +9,7 @@ from functools import partial
 
 from filters.answer import Answer
 from filters.reasons import describe
-from pipeline.records import Reason, Slots
+from pipeline.records import Reason
 
 BIN = 50  # characters a bar of the length histogram
 FIRST_BAD_LINES = 100  # named in the report
@@ -63,10 +63,8 @@ class Tally:
         kept = not labels
         self.outcomes[labels] += number
         self.lengths[min(len(answer.text) // BIN, LAST_BIN), kept] += number
-        fields: Slots = answer.slots
-        if answer.columns:
-            fields = {**{name: value for name, value in answer.columns.items() if isinstance(value, str)}, **fields}
-        for name, value in fields.items():
+        columns = {name: value for name, value in answer.columns.items() if isinstance(value, str)}
+        for name, value in {**columns, **answer.slots}.items():
             counts = self.slots[name]
             if len(counts) <= 2 * MOST_VALUES:
                 for one in (value,) if isinstance(value, str) else value:
