@@ -2,8 +2,8 @@
 
 One coroutine schedules (`_send_all`); each request in flight is a task (`_attempt`), and none is made for a prompt, so
 memory stays flat. Whatever may make room sets one event, and the scheduler looks again. What a reply means is
-generate.verdict's, when a request may go out generate.endpoint's, what it may cost generate.budget's. Writes the two
-journals of its run, and nothing else.
+generate.verdict's, when a request may go out generate.endpoint's, what it may cost generate.budget's. Writes the
+journals of its run.
 """
 
 import asyncio

@@ -1,8 +1,8 @@
 """Generates: every prompt of a recipe answered once by its teacher, whatever was answered before.
 
-Reads the recipe, the prompts and the journals of the run. Writes recipe.yaml, prompts.jsonl, completions.jsonl,
-failures.jsonl and the `generate` section of lineage.json, while it holds the run's lock. The requests are sent by
-generate.online, generate.workers or generate.batch; files that survive a kill are generate.journal's.
+Reads the recipe, the prompts and the journals of the run. Writes recipe.yaml, prompts.jsonl and the `generate` section
+of lineage.json, while it holds the run's lock. The requests are sent by generate.online, generate.workers,
+generate.batch or a cluster (scale.generation), which write the journals (generate.journal).
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """The records that stages hand to each other: JSONL, UTF-8, one object a line.
 
 Reads and writes nothing but such lines. Decoding checks types; a bad line is a DataError `path:line: reason`. A field
-that has its default value is left out of the line.
+that has its default value is left out of the line, except in `usage`.
 """
 
 import unicodedata

@@ -1,7 +1,7 @@
 """A run directory: where each file of a run is, who may write to it, and how files appear in it.
 
-Journals (completions, failures) are append-only and belong to `generate`. Every other file appears by rename, so that
-an interrupted stage leaves the old file or the new one.
+Journals (completions, logprobs, failures, a person's reviews) are append-only. Every other file appears by rename, so
+that an interrupted stage leaves the old file or the new one.
 """
 
 import errno

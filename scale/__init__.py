@@ -1,1 +1,1 @@
-"""Past one machine: runs in object storage, generation and filters on a Ray cluster."""
+"""Past one machine: runs in object storage; servers, generation, filters and training on a Ray cluster."""

@@ -3,7 +3,7 @@
     parts/<kind>/…                           answers and failures as they come (scale.parts)
     completions.jsonl, failures.jsonl        the journals, compacted
 
-A kind is a journal's name, with its folder: `completions`, `failures`, `turns/1/completions`, … Whatever a run asks has
+A kind is a journal's name, with its folder: `completions`, `turns/1-user/failures`, … Whatever a run asks has
 its journals in a folder of it: turns, new prompts, the judge, an experiment's other teacher.
 """
 

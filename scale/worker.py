@@ -50,7 +50,7 @@ class Orders(msgspec.Struct, frozen=True):
     weights: dict[str, float] = {}  # of these URLs
     flush: bool = False  # upload what there is, however little
     close: bool = False  # nothing will follow: end when all is asked
-    stop: bool = False  # as Ctrl-C: ask nothing more, and wait a moment for what is in flight; twice: not even that
+    stop: bool = False  # as the first Ctrl-C: ask nothing more, and wait a moment for what is in flight
 
 
 class Report(msgspec.Struct, frozen=True):
