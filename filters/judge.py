@@ -38,7 +38,6 @@ from pipeline.teacher_config import TeacherConfig
 
 Verdict = TypeVar("Verdict")
 
-TEMPLATE = 1  # of the question below: another one is another version
 WRITTEN = re.compile(  # 4, "4", 4.0, "4/5", "4 out of 5", "4점", "4分", "4 из 5", "4 điểm"
     rf"([{SCORES[0]}-{SCORES[-1]}])(?:[.,]0)?(?: ?(?:/|(?:out )?of|von|de|sur|su|из) ?{SCORES[-1]})?(?: ?[^\W\d_]+)?"
 )
@@ -89,7 +88,7 @@ class Judge:
         """8 hex digits of the hash of all that determines a score."""
         config, rubric = self.config, list(self.config.rubric.items())
         asked = [self.endpoint.model, self.endpoint.url, config.max_tokens, config.seed, config.schema_]
-        what = [TEMPLATE, QUESTION, rubric, *asked]
+        what = [1, QUESTION, rubric, *asked]  # 1: the way in which `question` fills it in
         return blake2b(json.dumps(what, ensure_ascii=False).encode(), digest_size=4).hexdigest()
 
     def ask(
