@@ -32,10 +32,6 @@ class BatchApi:
         teacher, key = recipe.teacher, recipe.teacher.api_key()
         self.url, self._run_key, self.words = teacher.url, run_key, words_of(teacher)
         self.key = f"{teacher.api_key_env} is not set, or holds a key that it refuses"  # if it refuses the key
-        self._fixes = {
-            401: f"; {self.key}",
-            404: "; does it have a Batch API? generate.mode online needs none",
-        }
         self._section = teacher.section
         headers = headers_of(teacher)
         del headers["Content-Type"]  # which the package sets
@@ -120,5 +116,6 @@ class BatchApi:
             raise DistillError(f"{self.url}: the quota is used up ({words}); top it up") from None
         status = error.status_code if isinstance(error, openai.APIStatusError) else 500
         if status < 500 and status not in (408, 409, 429):
-            raise DistillError(f"{self.url} answers {status} ({words}){self._fixes.get(status, '')}") from None
+            fixes = {401: f"; {self.key}", 404: "; does it have a Batch API? generate.mode online needs none"}
+            raise DistillError(f"{self.url} answers {status} ({words}){fixes.get(status, '')}") from None
         return words
