@@ -54,7 +54,7 @@ class Batches:
         self._limit = Budget(run.recipe.budget, self._price, run.budget.spent - spend_under_way(run.dir))
         self._reserved: dict[str, Reservation] = {}
         self._held: dict[str, Reservation] = {}  # by chunk: of the batches that earlier calls created
-        self._stopped = asyncio.Event()
+        self.stopped = asyncio.Event()  # set by whoever wants `run` to end after the step that is under way
         self._poll_s = FIRST_POLL_S
         self._written_in = 0  # the version of the dialect in which this call wrote its chunks
         self._most: int | None = None  # requests per file, if the account takes no larger ones
@@ -62,13 +62,12 @@ class Batches:
         self._stale = set[str]()  # chunks of earlier calls that are not to be created as they are
         self._no_more = ""  # why no request can be answered now
 
-    async def run(self, stopped: asyncio.Event) -> None:
+    async def run(self) -> None:
         """Asks all, or goes on with earlier batches. Returns when all is answered or failed, or `stopped` is set."""
-        self._stopped = stopped
         try:
             async with self._api.client:
                 self._remember_live()
-                while not stopped.is_set():
+                while not self.stopped.is_set():
                     if not self._folder.live and not self._write():
                         return
                     await self._follow()
@@ -165,7 +164,7 @@ class Batches:
             retry_error_callback=self._give_in,
             sleep=self._pause,
         )
-        while self._folder.live and not self._stopped.is_set():
+        while self._folder.live and not self.stopped.is_set():
             await persist(self._advance_all)
             self._run.counters.in_flight = len(self._reserved)
             if self._folder.live:
@@ -173,7 +172,7 @@ class Batches:
 
     async def _advance_all(self) -> None:
         for chunk in self._folder.live:
-            if not self._stopped.is_set() and (chunk.batch_id or not self._no_more):
+            if not self.stopped.is_set() and (chunk.batch_id or not self._no_more):
                 await self._advance(chunk)
         if self._no_more:
             raise DistillError(self._no_more)
@@ -186,7 +185,7 @@ class Batches:
     async def _pause(self, pause_s: float) -> None:
         """Waits, but not when the call is to end."""
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._stopped.wait(), pause_s)
+            await asyncio.wait_for(self.stopped.wait(), pause_s)
 
     def _trouble(self, state: RetryCallState) -> str:
         """What the attempt's error says. Raises DistillError for one that no waiting heals."""
@@ -241,7 +240,7 @@ class Batches:
             if chunk.file_id is None:
                 chunk.file_id = await self._api.upload(file)
                 self._folder.save()
-            if self._stopped.is_set():
+            if self.stopped.is_set():
                 return
             try:
                 batch = await self._api.create(chunk.name, chunk.file_id)

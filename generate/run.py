@@ -225,23 +225,23 @@ async def _send(run: Run, display: Display, *, signals: bool, send: Sender | Non
 
 
 async def _send_batches(run: Run, *, signals: bool) -> Outcome:
-    stopped = asyncio.Event()
-    sending = asyncio.ensure_future(_batches(run).run(stopped))
+    batches = _batches(run)
+    sending = asyncio.ensure_future(batches.run())
 
     def interrupt() -> None:
-        if stopped.is_set():
+        if batches.stopped.is_set():
             sending.cancel()
         else:
             run.say("stopping after the step that is under way; again to stop at once")
-        stopped.set()
+        batches.stopped.set()
 
     with on_signals(interrupt if signals else None):
         try:
             await sending
         except asyncio.CancelledError:
-            if not stopped.is_set():
+            if not batches.stopped.is_set():
                 raise
-    return KeyboardInterrupt() if stopped.is_set() else None
+    return KeyboardInterrupt() if batches.stopped.is_set() else None
 
 
 def _batches(run: Run) -> "Batches":
