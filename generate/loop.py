@@ -293,12 +293,9 @@ class Loop:
         self._record(self._held_back)
 
     def _record(self, held_back: list[list[Failure]]) -> None:
-        """Records these failures, and empties the list."""
-        every = held_back.copy()
-        held_back.clear()
-        if not self._ended_by:  # else they are asked again by the next call
-            for failures in every:
-                self._run.record_failures(*failures)
+        """Records these failures, and empties the list; of a run that ends they are asked again by the next call."""
+        while held_back and not self._ended_by:
+            self._run.record_failures(*held_back.pop(0))
 
     def _all_sent(self) -> Outcome:
         """The end of a run that has sent everything; with nothing but 403 in answer, ever, it is not finished."""
