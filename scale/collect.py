@@ -166,7 +166,7 @@ class Collector:
                 return result
 
     def _write(self, state: bytes, unsaid: Spend, read: list[str]) -> None:
-        for journal in (self._run.completions, self._run.failures):
+        for journal in self._run.journals:
             journal.sync()
         retried(self._store.put, LEASES_FILE, state)
         if self._counts:
