@@ -122,7 +122,7 @@ class Budget:
             account = read_account(file)
         else:
             file, account = run.path / "spend.json", account_of(run, found, price)
-            write_account(file, account)
+            write_json(file, account)
         return cls(recipe.budget, price, spent, file=file, account=account, partition=partition)
 
     def reserve(self, body_bytes: int, max_tokens: int, answers: int = 1) -> Reservation | None:
@@ -202,7 +202,7 @@ class Budget:
     def _write(self, unsaid: Spend) -> None:
         if self._file and unsaid != self._account.unsaid:
             self._account = msgspec.structs.replace(self._account, unsaid=unsaid)
-            write_account(self._file, self._account)
+            write_json(self._file, self._account)
 
 
 def spent_of(budget: BudgetConfig, spent: Spend) -> str:
@@ -284,8 +284,3 @@ def known_price(recipe: Recipe) -> Price | None:
 def read_account(file: Path) -> Account:
     """A spend file; empty if there is none. Raises DataError."""
     return read_json(file, Account, FIX) or Account()
-
-
-def write_account(file: Path, account: Account) -> None:
-    """Replaces a spend file."""
-    write_json(file, account)

@@ -13,13 +13,14 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from generate.budget import Account, Spend, known_price, spent_so_far, write_account
+from generate.budget import Account, Spend, known_price, spent_so_far
 from generate.context import Run
 from generate.dialect import Dialect
 from generate.idset import IdSet
 from generate.prices import PICO, Price
 from generate.tokens import bound
 from pipeline.records import Completion, Failure
+from pipeline.rundir import write_json
 from scale.parts import part_name, part_names, read_part
 from scale.request_leases import Claim, Item, Leases, LeaseState
 from scale.storage import Store, TryAgain, read_record, retried
@@ -61,7 +62,7 @@ class Collector:
     def _spent_before(self) -> Spend:
         """What is spent of the budget beside what the state charges: by the run, and by those that share its budget."""
         if self._counts:
-            write_account(self._run.dir.path / SPEND_FILE, Account(self.state.unsaid))
+            write_json(self._run.dir.path / SPEND_FILE, Account(self.state.unsaid))
         spent = spent_so_far(self._run.recipe.budget, self._run.dir, self._run.completions.found)
         return spent - self.state.charged
 
@@ -170,7 +171,7 @@ class Collector:
             journal.sync()
         retried(self._store.put, LEASES_FILE, state)
         if self._counts:
-            write_account(self._run.dir.path / SPEND_FILE, Account(unsaid))
+            write_json(self._run.dir.path / SPEND_FILE, Account(unsaid))
         for part in read:
             retried(self._store.delete, part)
 

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import msgspec
 
-from generate.budget import Spend, read_account, write_account
+from generate.budget import Spend, read_account
 from generate.journal import read_journal
 from pipeline.child import run_child, shell_code
 from pipeline.cli import run_stage
 from pipeline.errors import INTERRUPTED, DistillError, RequestsFailed
 from pipeline.records import Completion
-from pipeline.rundir import RunDir
+from pipeline.rundir import RunDir, write_json
 from pipeline.students import AFTER, BEFORE
 from scale.run_lease import BEAT_S, Lease, TakenOver, held, is_held, is_last, repeated
 from scale.storage import cloud_endpoint, open_store
@@ -133,7 +133,7 @@ def charge_lost(folder: Path, unstored: dict[str, int]) -> str:
         )
         if file.exists():
             unsaid = account.unsaid + Spend.of(prompt, completion, account.price)
-            write_account(file, msgspec.structs.replace(account, unsaid=unsaid))
+            write_json(file, msgspec.structs.replace(account, unsaid=unsaid))
             tokens += prompt + completion
     counted = f"; the budget counts {tokens:,} tokens for them" if tokens else ""
     return f"taken over: up to {lost:,} answers of the lost machine are asked again{counted}"

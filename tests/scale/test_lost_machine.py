@@ -8,10 +8,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from generate.budget import Account, Spend, read_account, write_account
+from generate.budget import Account, Spend, read_account
 from generate.journal import read_journal
 from pipeline.errors import DataError, UsageError
 from pipeline.records import Completion, Usage, encode_line
+from pipeline.rundir import write_json
 from scale import run_lease
 from scale.collect import _answers_since
 from scale.fetch import main as fetch
@@ -79,7 +80,7 @@ def test_what_any_part_of_a_run_has_asked_is_in_the_store_as_it_comes(tmp_path: 
         folder.mkdir(parents=True)
     for folder in (one, one / asking, one / "cluster/w", timed):
         (folder / "completions.jsonl").write_bytes(b"".join(map(row, range(3))))
-        write_account(folder / "spend.json", Account(Spend(12, 5)))
+        write_json(folder / "spend.json", Account(Spend(12, 5)))
     (pool / "completions.jsonl").symlink_to(one / "completions.jsonl")
     Mirror(store, one, StoreState("one")).upload(rest=True)
     Mirror(store, two, StoreState("two")).fetch()
@@ -99,7 +100,7 @@ def test_rows_that_were_not_stored_are_left_to_ask_and_counted(
     for folder in (one, two):
         folder.mkdir()
     (one / "completions.jsonl").write_bytes(b"".join(map(row, range(13))))
-    write_account(one / "spend.json", Account())
+    write_json(one / "spend.json", Account())
     mirror = Mirror(store, one, StoreState("one"))
     mirror.upload()  # two parts; three rows wait
     Lease.take(store, "one").beat(mirror.unstored)
@@ -132,7 +133,7 @@ def test_a_machine_that_comes_back_puts_its_answers_and_leaves_the_files_of_the_
         checkpoint.mkdir(parents=True)
         for file in (folder / "training/fingerprint", checkpoint / "trainer_state.json", folder / "kept.jsonl"):
             file.write_text(folder.name)
-        write_account(folder / "spend.json", Account(Spend(step)))
+        write_json(folder / "spend.json", Account(Spend(step)))
     two_s = {name: (two / name).read_bytes() for name in ("spend.json", "training/fingerprint", "kept.jsonl")}
     paused, holder = mirrors
     holder.upload(rest=True)
