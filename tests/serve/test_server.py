@@ -244,6 +244,7 @@ def test_a_taken_port_names_who_has_it(stub, model):
 
 
 def test_an_address_that_is_not_ours_cannot_be_listened_on():
+    check_port("::1", free_port("::1"))
     with pytest.raises(UsageError, match=r"^cannot listen on 192.0.2.1:8000"):
         check_port("192.0.2.1", 8000)
 
