@@ -114,6 +114,8 @@ def test_a_cut_that_cost_answers_is_undone_and_one_that_did_not_stands() -> None
     # The first is no ceiling (70); the second is the number that cuts are judged by (49); the third judges.
     assert proportional.limit == 140
     assert limited.limit == 35  # 70% of 49, rounded up
+    refused(proportional, 130, 61.0, refusals=65)
+    assert proportional.limit == 280  # that brought more, so it rises on
 
 
 def test_a_rise_that_won_nothing_is_taken_back_and_stands_unless_most_are_refused() -> None:
@@ -137,6 +139,19 @@ def test_where_few_are_refused_at_the_same_number_the_cut_is_small(refusals: int
         assert concurrency.limit == in_flight  # 59.5 and 64.75
     refused(concurrency, 68, 70.0, refusals)  # its answers end a round: 67.99; up to a tenth of 49 + 60 + 68 are few
     assert concurrency.limit == then
+
+
+def test_a_cut_is_judged_by_what_the_number_brought_when_it_was_last_refused() -> None:
+    concurrency = ByClimbing(100)
+    refused(concurrency, 100, 1.0)
+    refused(concurrency, 70, 12.0, refusals=35)  # at 70: 6.4 answers a second
+    for now in (50.0, 60.0):
+        for _ in range(concurrency.limit):
+            concurrency.answered(100, 10.0, 1, now)
+    refused(concurrency, 68, 70.0, refusals=18)  # at 68: 3.1 a second, as the server is slower now
+    assert concurrency.limit == 48
+    refused(concurrency, 47, 81.0, refusals=30)  # 4.3 a second: the cut has cost none
+    assert concurrency.limit == 34
 
 
 @pytest.mark.parametrize(("refusals", "then"), [(70, 70), (71, 35)])

@@ -92,6 +92,26 @@ def test_processes_that_share_a_server_divide_what_is_missing() -> None:
     assert 512 < first.limit + second.limit <= 512 * 1.17
 
 
+def test_another_number_of_processes_divides_the_limit_anew() -> None:
+    concurrency = ByQueue(100, 0.5)
+    concurrency.share(0.25)
+    assert concurrency.limit == 50
+    concurrency.observed(Load(running=60, waiting=44), 50)
+    assert concurrency.limit == 40  # 4.8 should wait, and a quarter of the other 39.2 is its own
+    concurrency.share(1.0)
+    assert concurrency.limit == 160
+    concurrency.share(0.001)
+    assert concurrency.limit == 1
+
+
+def test_the_lowest_number_rises_again() -> None:
+    concurrency = ByQueue(2)
+    concurrency.congested(sent=0.0, now=1.0, overloaded=True)
+    assert concurrency.limit == 1
+    concurrency.observed(Load(running=1, waiting=0), 1)
+    assert concurrency.limit == 2
+
+
 def test_looks_are_as_quick_as_the_queue_moves_and_seldom_once_it_is_steady() -> None:
     concurrency = ByQueue(64)
     assert concurrency.look_s == 0.03  # it doubles, and every look costs an idle engine its time
@@ -105,7 +125,7 @@ def test_looks_are_as_quick_as_the_queue_moves_and_seldom_once_it_is_steady() ->
     assert concurrency.look_s == 5.0
     concurrency.observed(Load(running=100, waiting=0), 100)  # there is room for more
     assert concurrency.look_s < 0.5
-    for _ in range(20):
+    for _ in range(2000):  # some hours
         concurrency.observed(None, 100)  # it says nothing
     assert concurrency.look_s == 5.0
 

@@ -14,6 +14,9 @@ def test_a_bucket_lets_a_second_s_worth_go_and_then_the_rate() -> None:
         bucket.take(1, 0.0)
     assert bucket.delay(1, 0.0) == pytest.approx(1 / 60)
     assert bucket.delay(1, 0.5) == 0
+    for _ in range(60):
+        bucket.take(1, 99.0)
+    assert bucket.delay(1, 99.0) == pytest.approx(1 / 60)  # no more was saved up in the meantime
 
 
 def test_a_slow_bucket_lets_one_go_at_once() -> None:
@@ -78,6 +81,12 @@ def test_headers_teach_what_the_recipe_does_not_say() -> None:
     assert limits.delay(100, 0.0) == pytest.approx(2.0)  # 100 a second, 100 of debt and a full second wanted
 
 
+@pytest.mark.parametrize(("name", "said"), [("requests", "1"), ("tokens", "1")])
+def test_one_header_teaches_its_own_limit(name: str, said: str) -> None:
+    headers = {f"x-ratelimit-limit-{name}": said, f"x-ratelimit-reset-{name}": "1m0s"}
+    assert Limits(None, None, 0.0).learn(headers, 0.0) == f"allows {said} {name} per minute"
+
+
 def test_a_lower_limit_of_the_recipe_stands_and_a_higher_one_does_not() -> None:
     lower, higher = Limits(60, None, 0.0), Limits(6000, None, 0.0)
     assert lower.learn({"x-ratelimit-limit-requests": "600"}, 0.0) is None
@@ -117,6 +126,14 @@ def test_nothing_left_pauses_until_the_reset() -> None:
     limits = Limits(None, None, 0.0)
     limits.learn({**HEADERS, "x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "6m0s"}, 0.0)
     assert limits.delay(1, 10.0) == pytest.approx(350)
+
+
+def test_a_pause_is_news_if_it_is_long_and_longer_than_before() -> None:
+    limits = Limits(None, None, 0.0)
+    news = [limits.pause(seconds, 0.0) for seconds in (30.0, 40.0, 40.5, 20.0, 60.0)]
+    assert news == [False, True, False, False, True]
+    assert limits.paused_s(10.0) == 50.0
+    assert limits.paused_s(61.0) == 0.0
 
 
 def test_a_refusal_at_the_rate_that_is_told_is_none_of_the_number_in_flight() -> None:
