@@ -44,7 +44,7 @@ def test_each_name_has_its_place() -> None:
     assert address_of(here, AFTER) == Address("student", "127.0.0.1", 8101)
     assert address_of(here, BEFORE) == Address("before", "127.0.0.1", 8102)
     assert address_of(here, "me/other") == Address("me/other", "127.0.0.1", 8100)
-    assert address_of(away, AFTER).port == 8001  # a student is served here, wherever its teacher is
+    assert address_of(away, AFTER) == Address("student", "127.0.0.1", 8001)  # served here, wherever its teacher is
     with pytest.raises(UsageError, match="not on this machine"):
         address_of(away, "teacher")
 
@@ -67,6 +67,7 @@ def test_a_student_is_its_folder_and_an_adapter_is_merged_once(tmp_path: Path, m
     with pytest.raises(UsageError, match="no student yet; run train first"):
         reference_of(recipe, run, AFTER)
     assert reference_of(recipe, run, BEFORE) == str(base)
+    assert [reference_of(recipe, run, key) for key in (TEACHER, "me/other")] == [recipe.teacher.model, "me/other"]
     whole = model(run.student)
     assert reference_of(recipe, run, AFTER) == str(whole)
 
