@@ -184,12 +184,12 @@ def test_a_file_that_the_account_no_longer_has_is_uploaded_again(run: RunDir, mo
         assert fake.calls["upload"] == 2
 
 
-@pytest.mark.parametrize("gone", ["batches", "files"])
+@pytest.mark.parametrize(("gone", "status"), [("batches", 404), ("batches", 400), ("files", 404)])
 @pytest.mark.parametrize("mode", ["batch", "online"])
 def test_a_batch_that_the_account_does_not_know_can_be_given_up(
-    run: RunDir, gone: str, mode: str, capsys: pytest.CaptureFixture[str]
+    run: RunDir, gone: str, status: int, mode: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with fake_batches() as fake, misbehaving() as server:
+    with fake_batches(unknown_id=status) as fake, misbehaving() as server:
         recipe = batch_recipe(fake, 4)
         _interrupted(recipe, run)
         if gone == "batches":

@@ -45,6 +45,7 @@ class FakeBatches:
     unauthorized: bool = False
     no_quota: bool = False
     unknown_model: int = 0  # so many batches fail as a whole
+    unknown_id: int = 404  # the status for an id that the account does not know
 
 
 def batch_recipe(fake: FakeBatches | str, count: int = 10, **sections: Any) -> Recipe:
@@ -147,7 +148,7 @@ def _app(fake: FakeBatches) -> web.Application:
             fake.failing_polls -= 1
             return _problem(500, "try again")
         if (batch := fake.batches.get(request.match_info["id"])) is None:
-            return _problem(404, "No batch found with that id")
+            return _problem(fake.unknown_id, "No batch found with that id")
         _step(fake, batch)
         return web.json_response(batch)
 
