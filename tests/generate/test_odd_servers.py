@@ -5,16 +5,19 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import aiohttp
 import pytest
 
 from generate.batch_api import BatchApi
-from generate.client import check_teacher, headers_of
+from generate.client import check_teacher, headers_of, read_exception
 from generate.reply import Answer, Fault, read_answer, read_error
 from generate.run import generate
-from generate.streaming import stream, streaming_session
+from generate.streaming import Streamed, stream, streaming_session
 from pipeline.address import proxy_of
 from pipeline.errors import DistillError, RecipeError, UsageError
 from pipeline.lineage import read_lineage
@@ -31,6 +34,7 @@ from tests.servers.misbehaving_server import (
     raw,
     recipe_for,
 )
+from tests.servers.streaming_server import streaming
 
 
 def said(content: Any = "text", finish_reason: Any = "stop", usage: Any = None, **more: Any) -> bytes:
@@ -410,6 +414,26 @@ async def test_a_streamed_thought_and_a_streamed_call_are_tokens_of_the_answer()
     assert said.tokens == 4
 
 
+@pytest.mark.parametrize(
+    ("behaviour", "moments"),
+    [
+        (streaming("on", "ce"), Streamed(1.0, 2.0, 3.0, 7)),
+        (streaming("on", "ce", usage=None), Streamed(1.0, 2.0, 3.0, 2)),
+        (streaming(reasoning="hm"), Streamed(1.0, 2.0, 3.0, 7)),
+        (streaming(), Streamed(1.0, 2.0, 2.0, 7)),  # a token that is no text
+    ],
+)
+async def test_a_streamed_answer_has_the_moments_of_its_first_and_last_token(
+    monkeypatch: pytest.MonkeyPatch, behaviour: Behaviour, moments: Streamed
+) -> None:
+    ticks = count(1)
+    monkeypatch.setattr("generate.streaming.time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    with misbehaving(lambda asked: behaviour) as server:
+        teacher = recipe_for(server).teacher
+        async with streaming_session(teacher, timeout_s=5) as session:
+            assert await stream(session, teacher, b'{"messages": [{"role": "user", "content": "say 1"}]}') == moments
+
+
 async def test_a_streamed_line_that_is_too_long_is_a_fault() -> None:
     line = b'data: {"choices": [{"index": 0, "delta": {"content": "' + b"L" * (1 << 20) + b'"}}]}\n\n'
     with misbehaving(lambda asked: raw(line, content_type="text/event-stream")) as server:
@@ -532,6 +556,9 @@ def test_a_reply_without_end_is_given_up(run: RunDir, status: int, monkeypatch: 
         (read_answer(b'{"error": {"code": 502, "message": "no provider"}}'), False),
         (read_answer(b'{"error": {"code": "odd", "message": "no"}}'), True),
         (read_answer(said("half", error={"code": 502, "message": "upstream died"})), True),
+        (read_exception(TimeoutError(), 5.0), True),
+        (read_exception(aiohttp.ServerDisconnectedError(), 5.0), True),
+        (read_exception(aiohttp.ConnectionTimeoutError(), 5.0), False),
     ],
 )
 def test_what_may_have_been_worked_on_is_charged(fault: Answer | Fault, billed: bool) -> None:
