@@ -18,7 +18,7 @@ from experiments.arms import EXPERIMENTS, Arm, Setup
 from experiments.teachers import second_teacher
 from pipeline.errors import UsageError
 from pipeline.recipe import load_recipe
-from pipeline.records import Completion, Kept, Prompt, encode_line, read_jsonl
+from pipeline.records import Completion, Kept, Prompt, encode_line, question_text, read_jsonl
 from pipeline.rundir import RunDir, write_jsonl
 from pipeline.section import PriceConfig
 from tests.completion_fields import completion_fields
@@ -42,8 +42,9 @@ def test_people_are_taught_nothing_that_is_tested(tmp_path: Path) -> None:
     asked = [Prompt(id=row.prompt_id, messages=row.messages, columns=row.columns) for row in rows]
     run.prompts.write_bytes(b"".join(map(encode_line, asked)))
     human = tmp_path / "human.jsonl"
-    lines: list[dict[str, Any]] = [{"prompt": f"Question {n}", "completion": f"{n}."} for n in range(200)]
+    lines: list[dict[str, Any]] = [{"prompt": f"Question {n}", "completion": f"{n}."} for n in range(150)]
     lines += [{"prompt": f"Other {n}", "completion": f"{n}.", "topic": n % 40} for n in range(80)]
+    lines += [{"prompt": f"Question {n}", "completion": f"{n}!", "topic": n} for n in range(151, 200, 2)]  # not kept
     human.write_text("".join(json.dumps(line) + "\n" for line in lines))
     setup = Setup(recipe, path, [], run, tmp_path / "experiment", Namespace(human=human), path.read_bytes())
     sizes = set()
@@ -51,9 +52,10 @@ def test_people_are_taught_nothing_that_is_tested(tmp_path: Path) -> None:
         own = load_recipe(path, arm.flags)
         parts = read_parts(own, arm.run)
         sizes.add((len(parts.train), len(parts.validation)))
-        trained = {recipe.prompts.position_of(row) for row in (*parts.train, *parts.validation)}
+        learned = [*parts.train, *parts.validation]
         tested = [prompt for prompt in asked if recipe.prompts.part_of(prompt) == "test"]
-        assert not trained & {recipe.prompts.position_of(prompt) for prompt in tested}
+        for key in (recipe.prompts.position_of, lambda asks: question_text(asks.messages)):
+            assert not set(map(key, learned)) & set(map(key, tested))
         assert len(parts.train) > 20
     assert len(sizes) == 1  # as many rows to learn from, and so as many steps
 

@@ -187,6 +187,8 @@ def test_reasoning_is_left_out_unless_the_recipe_keeps_it(student: Callable[[str
         assert shown(model, rows, tmp_path, reasoning="keep")[0][1] == (
             "<think>\nTwo and two.\n</think>\n\nFour.<|im_end|>\n"
         )
+        without = [kept_row(n, f"{n}?", "Four.") for n in range(2)]  # thoughts that are not there
+        assert shown(model, without, tmp_path, reasoning="keep")[0][1] == f"{empty}Four.<|im_end|>\n"
     keep = make_recipe(plain, reasoning="keep").train
     forms = [reasoning_form(keep, AutoTokenizer.from_pretrained(model)) for model in (plain, thinking)]
     assert forms == ["content", "reasoning_content"]
