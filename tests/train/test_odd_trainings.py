@@ -81,6 +81,13 @@ def test_a_training_that_diverges_later_ends_with_the_weights_before(capsys: pyt
     assert "step 9: the validation loss is nan" in capsys.readouterr().err
 
 
+def test_a_further_method_that_diverges_names_its_own_learning_rate() -> None:
+    milestones = Milestones(make_recipe("student", method="dpo").train, ALONE, Console(quiet=True))
+    state = SimpleNamespace(global_step=9, log_history=[{"eval_loss": float("nan")}])
+    with pytest.raises(DistillError, match=r"diverged; lower train\.dpo\.learning_rate"):
+        milestones.on_evaluate(None, state, SimpleNamespace())
+
+
 def test_rows_per_forward_pass_make_no_other_training(tmp_path: Path) -> None:
     """What is lowered after a lack of memory, so that the training goes on from its checkpoint."""
     run = make_run(tmp_path / "run", story_rows(4))

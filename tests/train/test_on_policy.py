@@ -177,7 +177,7 @@ def test_a_served_teacher_needs_no_weights_here(models: tuple[str, str], tmp_pat
     with scoring(models[1]) as server:
         own = {"kd": {"weights": "full", "teacher": "served", "top_k": 20}, "micro_batch_size": 4}
         trainer = trainer_of(models, tmp_path, url=server.url, on_policy={**SMALL, "beta": 0}, **own)
-        assert trainer.teacher_model is None
+        assert (trainer.teacher_model, trainer.loss_top_k) == (None, 20)
         inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
         with torch.no_grad():
             loss = trainer.compute_loss(trainer.model, inputs).item()
