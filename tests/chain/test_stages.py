@@ -186,6 +186,7 @@ def test_a_teacher_whose_servers_a_file_names_is_not_served(tmp_path: Path, monk
         ({"filters": {"judge": {"min_score": 3, "base_url": "http://127.0.0.1:9/v1"}}}, []),
         ({"train": {"method": "kd", "kd": {"teacher": "served"}}}, ["train"]),
         ({"train": {"method": "kd"}}, []),
+        ({"train": {"method": "lora", "kd": {"teacher": "served"}}}, []),
     ],
 )
 def test_with_all_answers_there_the_teacher_is_served_for_the_stages_that_may_still_ask_it(

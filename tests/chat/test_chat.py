@@ -118,12 +118,13 @@ def test_a_server_that_does_not_stream_or_count_is_heard_too() -> None:
 def test_a_usage_that_is_no_count_and_a_text_of_parts_lose_no_answer() -> None:
     price = {"teacher": {"model": "m", "price": {"input": 1.0, "output": 2.0}}}
     parts = [{"type": "text", "text": "of "}, {"type": "text", "text": "parts"}]
-    replies = iter([streaming(parts, usage={"completion_tokens": n}) for n in ("many", 1)])
+    usages: list[dict[str, Any]] = [{"completion_tokens": "many"}, {"completion_tokens": 1}, {"prompt_tokens": 1}]
+    replies = iter([streaming(parts, usage=usage) for usage in usages])
     with misbehaving(lambda asked: next(replies)) as server:
         price["teacher"]["base_url"] = server.url
         pieces, last = hear(model_at(server.url, **price), "hello")
-        _, uncounted = hear(model_at(server.url, **price), "hello")  # of the prompt's tokens nothing is said
-        assert uncounted.cost == last.cost
+        for _ in usages[1:]:  # nothing is said of the prompt's tokens, then nothing of the answer's
+            assert hear(model_at(server.url, **price), "hello")[1].cost == last.cost
     assert (pieces, last.text, last.tokens, last.cost) == (["of parts"], "of parts", 1, "tokens not counted")
     thought = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}]
     with misbehaving(lambda asked: streaming(thought, parts)) as server:

@@ -25,6 +25,7 @@ import yaml
 from aiohttp import web
 from huggingface_hub import ModelCard, close_session
 from peft import PeftModel
+from pydantic import SecretStr
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from pipeline.errors import DistillError, UsageError
@@ -36,7 +37,7 @@ from pipeline.serve_config import ServeConfig
 from serve.server import free_port, serving
 from tests.tiny_student import END, kept_row, make_recipe, make_run, story_rows, tiny_model
 from train.publish.cards import dataset_card, languages, model_card, published, without_places
-from train.publish.export import export_dataset, export_gguf, export_model, main
+from train.publish.export import export_dataset, export_gguf, export_model, main, push
 from train.rows import part_rows
 from train.run import train_run
 
@@ -786,6 +787,7 @@ def test_a_push_replaces_another_model_and_leaves_what_was_put_there_by_hand(
         exported = {file.name for file in Path(capsys.readouterr().out.split()[1]).iterdir()}
         assert f"{weights}.safetensors" in exported
         assert {*files} == exported | {*hand}
+        assert "me/tiny" in files["README.md"].decode()  # what its examples load
 
 
 def test_a_run_is_held_until_its_push_has_ended(
@@ -804,6 +806,15 @@ def test_a_run_is_held_until_its_push_has_ended(
     hub.before_commit = export_again
     export_here("--push", "me/tiny")
     assert len(said) == 1 and "another call in this process works on this run" in said[0]
+
+
+@pytest.mark.usefixtures("export_here")
+def test_a_gguf_file_is_pushed_beside_any_other_model(hub: FakeHub, tmp_path: Path) -> None:
+    there = {"model.safetensors": b"1", "lineage.json": b"{}"}
+    hub.repos[("model", "me/tiny")] = {"private": True, "files": {**there}}
+    (tmp_path / "tiny-f16.gguf").write_bytes(b"2")
+    push(tmp_path, "me/tiny", kind="model", token=SecretStr(TOKEN))
+    assert {*hub.repos[("model", "me/tiny")]["files"]} == {*there, "tiny-f16.gguf"}
 
 
 def test_a_push_takes_nothing_from_a_repository_without_an_export(
