@@ -172,11 +172,14 @@ def test_what_runs_already_is_used_but_for_an_earlier_student(
     run, folder = RunDir(tmp_path), tmp_path / "base"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    served = ["before", name_of_files("before", str(folder))]
+    served = ["other"]
     with misbehaving() as teacher, misbehaving(models=served) as before:
         recipe = recipe_for(teacher, student={"model": str(folder)})
         address = chat.models.address_of(recipe, BEFORE)._replace(port=int(before.url.split(":")[2].split("/")[0]))
         monkeypatch.setattr(chat.models, "address_of", lambda *_: address)
+        assert [model.state for model in choose_models(recipe, run, [BEFORE])] == ["starting"]
+        assert capsys.readouterr().err == ""  # it is of no run's student
+        served[:] = ["before", name_of_files("before", str(folder))]
         models = choose_models(recipe, run, [BEFORE, TEACHER])
         assert [(model.name, model.state) for model in models] == [("teacher", "ready"), ("before", "ready")]
         assert models[1].recipe.teacher.url == before.url and models[1].recipe.teacher.model == "before"
@@ -252,19 +255,22 @@ def test_an_answer_says_that_its_student_was_trained_again_since(tmp_path: Path)
 def test_a_run_that_can_only_be_read_keeps_no_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writable: bool
 ) -> None:
-    logs = list[Path | None]()
+    logs = dict[str, Path | None]()  # by the name that the model is asked by
 
-    def serving(*_: Any, log: Path | None, **__: Any) -> Any:
-        logs.append(log)
+    def serving(*_: Any, log: Path | None, served_name: str, **__: Any) -> Any:
+        logs[served_name] = log
         raise DistillError("no server")
 
     monkeypatch.setattr(os, "access", lambda path, mode: writable or path != tmp_path)
     monkeypatch.setattr(chat.models, "serving", serving)
     monkeypatch.setattr(chat.models, "reference_of", lambda *_: "folder")
-    model = Model(AFTER, "student after", recipe_for("http://127.0.0.1:1/v1"))
-    with starting([model], RunDir(tmp_path)), pytest.raises(DistillError, match="no server"):
-        hear(model, "hello")
-    assert logs == [tmp_path / "chat-student.log" if writable else None]
+    models = [Model(key, "", recipe_for("http://127.0.0.1:1/v1")) for key in (TEACHER, AFTER)]
+    with starting(models, RunDir(tmp_path)):
+        for model in models:
+            with pytest.raises(DistillError, match="no server"):
+                hear(model, "hello")
+    names = {"stub": "teacher", "student": "student"}
+    assert logs == {asked: tmp_path / f"chat-{name}.log" if writable else None for asked, name in names.items()}
 
 
 def test_several_servers_share_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
