@@ -310,8 +310,9 @@ def test_questions_to_try_are_of_the_test_part(tmp_path: Path) -> None:
     assert questions_to_try(recipe, run) == []
     system = Message("system", "SQL.")
     prompts = [Prompt(id=str(n), messages=[system, Message("user", f"{n}?")], reference=n) for n in range(9)]
-    talk = [Message("user", "Hi"), Message("assistant", "Two."), Message("user", "How many?")]
-    run.prompts.write_bytes(b"".join(map(encode_line, [Prompt(id="talk", messages=talk), *prompts])))
+    talk = [system, Message("user", "Hi"), Message("assistant", "Two.")]
+    talks = [Prompt(id=f"talk {n}", messages=[*talk, Message("user", f"{n} more?")]) for n in range(9)]
+    run.prompts.write_bytes(b"".join(map(encode_line, [*talks, *prompts])))
     tested = [prompt for prompt in prompts if recipe.prompts.part_of(prompt) == "test"]
     assert 1 < len(tested) < 9
     begin = [{"role": "system", "content": "SQL."}]
