@@ -145,9 +145,10 @@ def test_the_other_teacher_has_its_own_price_and_at_its_url_nothing_of_the_first
     found = load_recipe(path, second_teacher(recipe.teacher, Namespace(**given))).teacher
     assert found.model == "b" and found.model_dump(include=set(teacher)) == teacher
     assert found.price == (PriceConfig(input=0.1, output=0.2) if "b_price" in options else None)
-    headers = recipe.teacher.model_copy(update={"headers": {"x-org": "a"}})
-    with pytest.raises(UsageError, match=r"--b-url https://b: teacher\.headers and teacher\.query are"):
-        second_teacher(headers, Namespace(**{**given, "b_url": "https://b"}))
+    for sent in ("headers", "query"):
+        first_only = recipe.teacher.model_copy(update={"headers": {}, sent: {"x-org": "a"}})
+        with pytest.raises(UsageError, match=r"--b-url https://b: teacher\.headers and teacher\.query are"):
+            second_teacher(first_only, Namespace(**{**given, "b_url": "https://b"}))
 
 
 def test_a_stage_waits_for_one_that_was_started_by_hand(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

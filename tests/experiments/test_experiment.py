@@ -353,9 +353,9 @@ def test_rows_of_people_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None
 
 def test_rows_of_people_have_the_recipe_s_tools_as_the_teacher_s_have(tmp_path: Path) -> None:
     tool = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}
-    (tmp_path / "human.jsonl").write_text('{"prompt": "Hi", "completion": "Ho"}\n')
+    (tmp_path / "human.jsonl").write_text('{"prompt": "Hi", "completion": "Ho", "topic": "greetings"}\n')
     (row,) = read_human(tmp_path / "human.jsonl", PromptsConfig(template="x", count=1, tools=[tool]))
-    assert row.tools == [tool]
+    assert (row.tools, row.columns) == ([tool], {"topic": "greetings"})
 
 
 def test_people_write_as_many_rows_as_the_teacher(recipe: Path, run: RunDir, tmp_path: Path) -> None:
@@ -518,6 +518,8 @@ def results(name: str = "bits_per_character", **arms: Figure) -> Comparison:
 def test_a_difference_is_named_only_where_its_interval_leaves_zero_out() -> None:
     lines = conclusions(results(hard=figure(1.3, 0.0), soft=figure(1.2, 0.04)))
     assert lines[0] == "soft is better than hard in bits per character: -0.1 (-0.138 to -0.062)"
+    lines = conclusions(results(hard=figure(1.2, 0.0), soft=figure(1.3, 0.04)))
+    assert lines[0] == "soft is worse than hard in bits per character: +0.1 (+0.062–+0.138)"
     lines = conclusions(results(hard=figure(1.3, 0.0), soft=figure(1.25, 0.06)))
     assert lines[0] == "No difference between the arms is significant."
     assert "a note" in lines

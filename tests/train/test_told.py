@@ -73,6 +73,7 @@ def test_samples_follow_the_teachers_prompts() -> None:
 def test_samples_follow_what_comes_after_the_shared_start() -> None:
     ids, mask = torch.tensor([[5, 6, 7, 8], [0, 5, 9, 0]]), torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0]])
     told = {key_of([5]): [1, 2, 5], key_of([5, 6]): [1, 2, 5, 6]}
+    assert TeacherPrompts({}, [[5, 6], [5, 6]]).start == []  # such a teacher reads the student's whole prompts
     assert TeacherPrompts(told, [[5], [5, 6]]).start == [1, 2]  # the first answer begins after a token of its prompt
     ids, mask = prompts_of(told, 2).before_samples(ids, mask, 2, 0)
     assert ids.tolist() == [[5, 6, 7, 8], [0, 5, 9, 0]]
