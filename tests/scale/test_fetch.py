@@ -248,19 +248,21 @@ def test_what_the_user_may_remove_stays_removed_and_all_else_comes_back(
 ) -> None:
     removed = ["training/checkpoint-5/trainer_state.json", "training/fingerprint", "reviews.jsonl"]
     answers = ["completions.jsonl", "judge/a/b/completions.jsonl"]
-    write(home, *removed, *answers, "kept.jsonl")
+    write(home, *removed, *answers, "kept.jsonl", "report.html.tmp")  # the last one is half written
     assert run_in_store([sys.executable, "-c", "pass"], store.url, home) == 0
-    assert {*removed, *answers, "kept.jsonl"} < {*store.names()}
+    assert {*removed, *answers, "kept.jsonl"} < {*store.names()} and "report.html.tmp" not in store.names()
+    store.put(by_hand := "judgements.jsonl", b"put there by hand")  # it was never here, so nobody has removed it
     shutil.rmtree(home / "training")
-    for name in ("reviews.jsonl", "kept.jsonl", *answers):
+    for name in ("reviews.jsonl", "kept.jsonl", "report.html.tmp", *answers):
         (home / name).unlink()
     look = (
         f"from pathlib import Path; home = Path({str(home)!r}); "
         "print(*sorted(path.relative_to(home) for path in home.rglob('[!.]*') if path.is_file()))"
     )
     assert run_in_store([sys.executable, "-c", look], store.url, home) == 0
-    assert capfd.readouterr().out.split() == sorted([*answers, "kept.jsonl"])  # what the stage sees
-    assert [name for name in store.names() if not name.startswith("lease/")] == sorted([*answers, "kept.jsonl"])
+    left = sorted([*answers, by_hand, "kept.jsonl"])
+    assert capfd.readouterr().out.split() == left  # what the stage sees
+    assert [name for name in store.names() if not name.startswith("lease/")] == left
     assert [store.get(name) for name in answers] == [row(1), row(1)]
 
 
