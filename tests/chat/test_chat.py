@@ -257,8 +257,9 @@ def test_a_run_that_can_only_be_read_keeps_no_log(
 ) -> None:
     logs = dict[str, Path | None]()  # by the name that the model is asked by
 
-    def serving(*_: Any, log: Path | None, served_name: str, **__: Any) -> Any:
+    def serving(*_: Any, log: Path | None, served_name: str, config: ServeConfig, **__: Any) -> Any:
         logs[served_name] = log
+        assert config == beside_others(ServeConfig(), 2)
         raise DistillError("no server")
 
     monkeypatch.setattr(os, "access", lambda path, mode: writable or path != tmp_path)

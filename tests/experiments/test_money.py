@@ -24,6 +24,11 @@ def test_a_dollar_more_bought_something() -> None:
     assert lines[2:] == ["accuracy: +0.1 for each USD that b cost more than a"]
 
 
+@pytest.mark.parametrize("usd", [1.0, 0.5])
+def test_a_teacher_that_cost_no_more_has_no_gain_for_a_dollar(usd: float) -> None:
+    assert len(list(_money({"a": {"usd": 1.0}, "b": {"usd": usd}}, [BETTER]))) == 2  # what each cost
+
+
 def test_a_dollar_more_bought_nothing_that_is_sure_or_lowered_the_perplexity() -> None:
     unsure = difference("accuracy", "b", "a", ONE, ONE, "higher", "test")
     lower = difference("perplexity", "b", "a", OTHER, ONE, "lower", "test")

@@ -82,12 +82,12 @@ def test_the_divergence_is_as_by_hand() -> None:
     q = np.exp(logits[0].double().numpy())
     q /= q.sum()
     p = np.array([0.6, 0.3])
-    expected = (p * np.log(p / q[[3, 1]])).sum() + 0.1 * np.log(0.1 / (q[0] + q[2]))
-    likeliest, logprobs = torch.tensor([[3, 1], [-1, -1]]), torch.tensor(np.array([np.log(p), [0, 0]]))
+    expected = (p * np.log(p / q[[3, 0]])).sum() + 0.1 * np.log(0.1 / (q[1] + q[2]))
+    likeliest, logprobs = torch.tensor([[3, 0], [-1, -1]]), torch.tensor(np.array([np.log(p), [0, 0]]))
     assert top_k_divergence(logits, likeliest, logprobs).item() == pytest.approx(
         expected, rel=1e-6
     )  # none of the second
-    third = torch.tensor([[3, 9], [-1, -1]])  # the student has no 9: its part joins the rest
+    third = torch.tensor([[3, 4], [-1, -1]])  # the student has no 4: its part joins the rest
     expected = 0.6 * np.log(0.6 / q[3]) + 0.4 * np.log(0.4 / (1 - q[3]))
     assert top_k_divergence(logits, third, logprobs).item() == pytest.approx(expected, rel=1e-4)
 
