@@ -64,6 +64,10 @@ def test_a_share_has_what_the_teacher_said_of_its_answers(run: RunDir, setup: Se
     run.logprobs.write_text("what the teacher said")
     arms = EXPERIMENTS["keep-rate"].prepare(setup).arms
     assert [arm.run.logprobs.read_text() for arm in arms] == ["what the teacher said"] * 2
+    pool, part_of = RunDir(setup.folder / "pool"), setup.recipe.prompts.part_of
+    tested = {row.id for row in read_jsonl(run.completions, Completion) if part_of(row) == "test"}
+    assert len(tested & {row.id for row in read_jsonl(run.dropped, Dropped)}) == 2  # the rules drop some of them
+    assert not tested & {row.id for row in (*read_jsonl(pool.kept, Kept), *read_jsonl(pool.dropped, Dropped))}
 
 
 def test_it_says_how_many_rows_it_has_measured(

@@ -14,6 +14,7 @@ import pytest
 
 from pipeline.errors import DistillError, UsageError
 from pipeline.records import Completion, encode_line
+from pipeline.rundir import LOCK
 from scale.fetch import main as fetch
 from scale.run_in_store import fetch_student, run_in_store
 from scale.storage import Folder, Store
@@ -445,7 +446,7 @@ def test_a_fetch_without_a_url_says_so_where_there_are_other_runs(
 def test_a_fetch_into_a_run_of_ones_own_is_refused_and_changes_nothing(tmp_path: Path, home: Path) -> None:
     store = Folder(tmp_path / "store")
     store.put("kept.jsonl", b"theirs")
-    write(home, "kept.jsonl")
+    write(home, "kept.jsonl", LOCK)
     before = files(home)
     with pytest.raises(UsageError, match="home: holds another run; name an empty folder after the URL"):
         fetch([store.url, str(home)])
