@@ -27,11 +27,11 @@ from generate.run import generate
 from generate.verdict import FINAL
 from pipeline.errors import DistillError
 from pipeline.filters_config import JudgeConfig
-from pipeline.instructions import INSTRUCTIONS
+from pipeline.instructions import conversation_text
 from pipeline.progress import reporting
 from pipeline.prompts_config import PromptsConfig
 from pipeline.recipe import Recipe
-from pipeline.records import Completion, Failure, Message, Prompt, as_text, read_jsonl, said
+from pipeline.records import Completion, Failure, Message, Prompt, read_jsonl, said
 from pipeline.rundir import RunDir, write_jsonl
 from pipeline.sampling_config import SamplingConfig
 from pipeline.teacher_config import TeacherConfig
@@ -263,12 +263,7 @@ def judge_rows(judge: Judge, run: RunDir, rows: Iterable[Completion], *, quiet: 
 
 def question(row: Completion, config: JudgeConfig) -> list[Message]:
     """What the judge is asked about a row."""
-    turns = [message for message in row.messages if message.role not in INSTRUCTIONS]
-    if len(turns) > 1 or row.tools:  # one turn alone stays as it was: its verdicts are found by the question
-        tools = [f"tools: {as_text(row.tools)}"] if row.tools else []
-        request = "\n\n".join([*tools, *(f"{message.role}: {said(message)}" for message in row.messages)])
-    else:
-        request = "\n\n".join(map(said, row.messages))
+    request = conversation_text(row.messages, row.tools)  # a change asks again: verdicts are found by the question
     criteria = "".join(f"- {name}: {meaning}\n" for name, meaning in config.rubric.items())
     shape = ", ".join(f'"{name}": 1-5' for name in config.rubric)
     content = QUESTION.format(criteria=criteria, request=request, answer=said(row), shape=shape)

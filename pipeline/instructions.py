@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from pipeline.recipe import Recipe
-from pipeline.records import Message
+from pipeline.records import Json, Message, as_text, said
 from pipeline.student_config import StudentConfig
 from pipeline.teacher_config import TeacherConfig
 
@@ -44,6 +44,14 @@ def asked_of_student(messages: Sequence[Message], student: StudentConfig | None)
         return list(messages)
     system = [Message(role="system", content=student.system)] if student.system else []
     return [*system, *_parted(messages)[1]]
+
+
+def conversation_text(messages: Sequence[Message], tools: Sequence[Json] = ()) -> str:
+    """What is asked, as one text to read. With several turns each has its role before it; tools come first."""
+    if len([message for message in messages if message.role not in INSTRUCTIONS]) <= 1 and not tools:
+        return "\n\n".join(map(said, messages))
+    told = [f"tools: {as_text(tools)}"] if tools else []
+    return "\n\n".join([*told, *(f"{message.role}: {said(message)}" for message in messages)])
 
 
 def system_of_student(recipe: Recipe) -> str | None:

@@ -19,6 +19,7 @@ from filters.reasons import describe
 from filters.ruleset import RuleSet, load_rules
 from pipeline.errors import RecipeError
 from pipeline.filters_config import FiltersConfig
+from pipeline.instructions import conversation_text
 from pipeline.prompts_config import PromptsConfig
 from pipeline.recipe import Recipe
 from pipeline.records import Prompt, Reason, as_text, said
@@ -116,6 +117,6 @@ def verified_samples(verified: VerifiedAnswers, labels: Mapping[str, str]) -> li
                 row, reasons = verified.answers[key][prompt.id], verified.reasons[key][prompt.id]
                 wrong = {reason.rule: describe(reason) or reason.what for reason in reasons}
                 shown.append(ShownAnswer(label, said(row), key, row.finish_reason, wrong, right=not reasons))
-        text = "\n\n".join(message.content for message in prompt.messages)
+        text = conversation_text(prompt.messages)
         samples.append(Sample(text, shown, "verified_unseen" if prompt in new else "verified"))
     return samples

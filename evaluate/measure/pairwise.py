@@ -15,6 +15,7 @@ from evaluate.measure.results import COMPARED, FOLDER, SCORED, Answers, JudgeRes
 from evaluate.models import digest
 from filters.judge import Judge, first_object, judge_rows, verdicts_folder
 from pipeline.filters_config import JudgeConfig
+from pipeline.instructions import conversation_text
 from pipeline.recipe import Recipe
 from pipeline.records import Completion, Kept, Message, Prompt, said
 from pipeline.rundir import RunDir
@@ -77,8 +78,9 @@ def _compared(run: RunDir) -> Path:
 
 def judged_fingerprint(judge: Judge, answers: Answers) -> str:
     """Changes with the judge, its rubric and attempts, the questions, and any answer."""
-    rows = [row.id for key in sorted(answers) for row in answers[key].values()]
-    return digest(judge.version, str(judge.config.attempts), QUESTION, *rows)
+    rows = [row for key in sorted(answers) for row in answers[key].values()]
+    asked = {row.prompt_id: conversation_text(row.messages, row.tools) for row in rows}
+    return digest(judge.version, str(judge.config.attempts), QUESTION, *asked.values(), *(row.id for row in rows))
 
 
 def judge_answers(judge: Judge, run: RunDir, answers: Answers) -> JudgeResult:
@@ -143,7 +145,7 @@ def pair_question(first: Kept, second: Kept, config: JudgeConfig) -> list[Messag
     """What the judge is asked about two answers to one prompt."""
     content = QUESTION.format(
         criteria="".join(f"- {name}: {meaning}\n" for name, meaning in config.rubric.items()),
-        request="\n\n".join(map(said, first.messages)),
+        request=conversation_text(first.messages, first.tools),
         first=said(first),
         second=said(second),
     )

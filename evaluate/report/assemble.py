@@ -51,6 +51,7 @@ from evaluate.report import notes
 from filters.groups import SELECT
 from filters.rows import filtered_rows
 from pipeline.adapters import measure_weights
+from pipeline.instructions import conversation_text
 from pipeline.lineage import versions
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, read_json, said
@@ -282,6 +283,6 @@ def _samples(plan: Plan, answers: Answers, quality: Quality) -> list[Sample]:
                 about = (said(row), subject.key, row.finish_reason, own.dropped_by, own.values["judge"])
                 shown.append(ShownAnswer(subject.label, *about))
         prompt = next(iter(answers.values()))[id_]
-        text = "\n\n".join(message.content for message in prompt.messages)
+        text = conversation_text(prompt.messages)
         samples.append(Sample(text, shown, "unseen" if id_ in new else "seen"))
     return samples

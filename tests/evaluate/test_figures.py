@@ -468,6 +468,16 @@ def test_categories_and_samples_tell_unseen_prompts_apart() -> None:
     assert [(one.right, one.dropped_by) for one in shown] == [(False, {"mine": "rows"}), (True, {})]
 
 
+def test_a_sample_shows_who_said_what() -> None:
+    turns = [Message("user", "Hi"), Message("assistant", "Hello"), Message("user", "Ok")]
+    for messages, shown in ((turns, "user: Hi\n\nassistant: Hello\n\nuser: Ok"), (turns[:1], "Hi")):
+        prompt = Prompt(id="p", messages=messages)
+        found = VerifiedAnswers(
+            {"student_after": {"p": row_of("x")}}, {"student_after": {"p": []}}, {"verified": [prompt]}, {}
+        )
+        assert [sample.prompt for sample in verified_samples(found, {"student_after": "student"})] == [shown]
+
+
 def test_the_share_of_right_answers_to_groups_is_less_sure() -> None:
     """Sixty prompts of twenty groups: its interval is that of the groups, and as wide as that of twenty at no fault."""
     prompts = [Prompt(id=f"p{n}", messages=[Message("user", f"q{n}")], columns={"of": n // 3}) for n in range(60)]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from evaluate.document import WinRate
@@ -123,6 +124,22 @@ def test_an_empty_answer_loses_without_a_question(tmp_path: Path) -> None:
     assert result.scores["teacher"]["p0"] == 1 and result.scores["student_after"]["p7"] == 1
     win = rates(result, answers)["teacher"]
     assert (win.wins, win.ties, win.losses) == (1, 6, 1)
+
+
+def test_a_pair_shows_who_said_what_and_the_tools(tmp_path: Path) -> None:
+    turns = [Message("user", "Hi"), Message("assistant", "Hello"), Message("user", "Ok")]
+    tools = [{"type": "function", "function": {"name": "now"}}]
+    prompt = Prompt(id="p", messages=turns, tools=tools)
+    answers = {key: {"p": answer_row(key, prompt, f"by the {key}")} for key in ("teacher", "student_after")}
+    told = "user: Hi\n\nassistant: Hello\n\nuser: Ok\n</request>"
+    shown = f'<request>\ntools: [{{"type":"function","function":{{"name":"now"}}}}]\n\n{told}'
+    with misbehaving(judge_of(better)) as server:
+        judge = find_judge(judging(server.url), RunDir(tmp_path))
+        assert judge
+        judge_answers(judge, RunDir(tmp_path), answers)
+        assert [shown in asked.text for asked in server.asked] == [True] * 4  # two answers, one pair in both orders
+        alone = {"teacher": {"p": msgspec.structs.replace(answers["teacher"]["p"], messages=turns[:1])}}
+        assert judged_fingerprint(judge, {"teacher": answers["teacher"]}) != judged_fingerprint(judge, alone)
 
 
 def test_what_was_judged_is_not_asked_again_and_a_new_answer_is(tmp_path: Path) -> None:
