@@ -16,6 +16,7 @@ from tenacity import wait_fixed
 from generate import loop
 from generate.endpoint import Endpoint
 from generate.jobs import WHOLE, Partition
+from generate.reply import Fault
 from generate.run import generate
 from generate.targets import Target
 from pipeline.errors import BudgetReached, DistillError, RecipeError
@@ -350,11 +351,69 @@ def test_auto_begins_with_a_batch_for_every_engine_behind_the_endpoint() -> None
             endpoint = Endpoint(recipe, Target(server.url, weight=weight), partition, print)
             async with endpoint.client:
                 assert await endpoint.prepare() is None
-                return endpoint.limit
+                limit = endpoint.limit
+                endpoint.share(1)  # the others have ended
+                assert endpoint.limit == limit * partition.of
+                return limit
 
     assert asyncio.run(begun(WHOLE)) == 4 * 276
     assert asyncio.run(begun(Partition(0, 2))) == 2 * 276
     assert [asyncio.run(begun(WHOLE, weight)) for weight in (2, 8)] == [4 * 276, 8 * 276]
+
+
+@pytest.mark.parametrize(("running", "waiting", "limit"), [(276, 0, 596), (100, 176, 108)])
+async def test_auto_moves_with_the_queue_and_says_where_there_is_more_room(
+    running: int, waiting: int, limit: int
+) -> None:
+    changed, looks = asyncio.Event(), asyncio.Event()
+
+    def shown(at_once: int) -> tuple[int, int]:
+        at.call_soon_threadsafe(looks.set)
+        return running, waiting
+
+    at = asyncio.get_running_loop()
+    with misbehaving(metrics=shown) as server:
+        endpoint = Endpoint(recipe_for(server, generate={"concurrency": "auto"}), Target(server.url), WHOLE, print)
+        async with endpoint.client:
+            assert endpoint.timeout_s(0.0) == 300
+            await endpoint.prepare()
+            assert (endpoint.limit, endpoint.timeout_s(0.0)) == (276, 3600)  # what it works on is seen
+            endpoint.in_flight = 276
+            watching = asyncio.create_task(endpoint.watch(changed.set))
+            async with asyncio.timeout(10):
+                while endpoint.limit == 276:
+                    looks.clear()
+                    await looks.wait()
+            watching.cancel()
+            assert (endpoint.limit, changed.is_set()) == (limit, limit > 276)
+            endpoint.share(2)
+            assert endpoint.limit == limit // 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "down", "limit"),
+    [
+        (Fault("server_error", "full", 503), False, 32),  # nothing is answered
+        (Fault("server_error", "full", 503), True, 64),  # its probes say nothing of the number
+        (Fault("server_error", "broken", 500), False, 64),
+        (Fault("timeout", "no whole answer"), False, 32),
+        (Fault("rate_limited", "slow down", 429), False, 45),
+        (Fault("bad_request", "too long", 400), False, 64),
+    ],
+)
+async def test_what_lowers_the_number_in_flight_and_what_says_that_an_endpoint_is_down(
+    fault: Fault, down: bool, limit: int
+) -> None:
+    url = "http://127.0.0.1:1/v1"
+    endpoint = Endpoint(recipe_for(url, generate={"concurrency": "auto"}), Target(url), WHOLE, print)
+    endpoint.down_since = 1.0 if down else None
+    endpoint.begin(1, 1, 1.0)
+    for number in range(20):
+        endpoint.failed(str(number), fault, 1.0, 2.0)
+    endpoint.begin(1, 1, 3.0)
+    assert endpoint.limit == limit
+    assert endpoint.failing_with("another") == (1 if fault.error in ("rate_limited", "bad_request") else 21)
+    await endpoint.client.__aexit__()
 
 
 def test_a_budget_ends_the_run_and_a_higher_one_goes_on(run: RunDir) -> None:

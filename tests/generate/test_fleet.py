@@ -231,8 +231,11 @@ async def test_a_weight_multiplies_what_the_recipe_allows_an_endpoint() -> None:
     half = Endpoint(recipe_for(target.url, generate=limits), target, Partition(0, 2), print)
     assert half.limit == 13  # 25, over two processes
     assert [bucket.per_minute for bucket in half.limits._buckets.values()] == [75.0, 7500.0]
+    half.share(2)
+    assert half.limit == 13  # as before
     half.share(5)
     assert half.limit == 5
+    assert [bucket.per_minute for bucket in half.limits._buckets.values()] == [30.0, 3000.0]
     await half.client.__aexit__()
 
 
