@@ -290,6 +290,7 @@ def event(**choice: Any) -> bytes:
     ("body", "kind", "says"),
     [
         (b'{"error": {"message": "model crashed"}}', "application/json", "model crashed"),
+        (b'{"choices": []}', "application/json", "no `choices`"),
         (b"<html>Sign in</html>", "text/html", "no JSON"),
         (event(delta={"content": "half"}), "text/event-stream", "the answer was cut off"),
         (event(finish_reason="content_filter"), "text/event-stream", "content filter"),

@@ -44,6 +44,7 @@ def learn(dialect: Dialect, message: str, parameter: str | None = None, asked: J
             "temperature",
             {"top_p": 0.9, "max_tokens": 500, "seed": 7},
         ),
+        ("Only the default (1) value is supported.", "temperature", {"top_p": 0.9, "max_tokens": 500, "seed": 7}),
         (
             "Unsupported parameter: 'top_p' is not supported with this model.",
             "top_p",
@@ -96,13 +97,21 @@ def test_other_errors_teach_nothing(message: str, parameter: str | None) -> None
 
 def test_the_role_of_the_instructions() -> None:
     dialect = Dialect()
+    assert json.loads(dialect.body(job()))["messages"][0] == {"role": "system", "content": "Be kind."}
     roles = []
     for refused in ("system", "developer"):
         message = f"Unsupported value: 'messages[0].role' does not support '{refused}' with this model."
         assert learn(dialect, message, "messages[0].role")
         roles.append([turn["role"] for turn in json.loads(dialect.body(job()))["messages"]])
+        assert json.loads(dialect.body(job(ASKED[1:])))["messages"] == [{"role": "user", "content": "Hello."}]
     assert roles == [["developer", "user"], ["user"]]
     assert json.loads(dialect.body(job()))["messages"][0]["content"] == "Be kind.\n\nHello."
+    greeted = [ASKED[0], Message(role="assistant", content="Hi."), ASKED[1]]
+    assert json.loads(dialect.body(job(greeted)))["messages"] == [
+        {"role": "user", "content": "Be kind."},
+        {"role": "assistant", "content": "Hi."},
+        {"role": "user", "content": "Hello."},
+    ]
     assert not learn(dialect, "'messages[0].role' does not support 'user' with this model.", "messages[0].role")
 
 

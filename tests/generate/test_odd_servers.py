@@ -17,7 +17,7 @@ from generate.batch_api import BatchApi
 from generate.client import check_teacher, headers_of, read_exception
 from generate.reply import Answer, Fault, read_answer, read_error
 from generate.run import generate
-from generate.streaming import Streamed, stream, streaming_session
+from generate.streaming import Refused, Streamed, stream, streaming_session
 from pipeline.address import proxy_of
 from pipeline.errors import DistillError, RecipeError, UsageError
 from pipeline.lineage import read_lineage
@@ -28,11 +28,13 @@ from tests.servers.misbehaving_server import (
     Behaviour,
     answer,
     completions,
+    cut,
     error,
     failures,
     misbehaving,
     raw,
     recipe_for,
+    reset,
 )
 from tests.servers.streaming_server import streaming
 
@@ -434,6 +436,23 @@ async def test_a_streamed_answer_has_the_moments_of_its_first_and_last_token(
             assert await stream(session, teacher, b'{"messages": [{"role": "user", "content": "say 1"}]}') == moments
 
 
+@pytest.mark.parametrize(
+    ("behaviour", "kind", "says"),
+    [
+        (reset(), "connection_lost", "Server disconnected"),
+        (cut(), "connection_lost", "payload is not completed"),
+        (answer(delay_s=600), "timeout", "no whole answer within 0.2 s"),
+        (error(503, "busy"), "server_error", "answers 503: busy"),
+    ],
+)
+async def test_a_stream_that_does_not_come_whole_is_a_fault(behaviour: Behaviour, kind: str, says: str) -> None:
+    with misbehaving(lambda asked: behaviour) as server:
+        async with streaming_session(teacher := recipe_for(server).teacher, timeout_s=0.2) as session:
+            with pytest.raises(Refused, match=says) as refused:
+                await stream(session, teacher, b'{"messages": [{"role": "user", "content": "say 1"}]}')
+    assert refused.value.fault.error == kind
+
+
 async def test_a_streamed_line_that_is_too_long_is_a_fault() -> None:
     line = b'data: {"choices": [{"index": 0, "delta": {"content": "' + b"L" * (1 << 20) + b'"}}]}\n\n'
     with misbehaving(lambda asked: raw(line, content_type="text/event-stream")) as server:
@@ -570,6 +589,14 @@ def test_what_may_have_been_worked_on_is_charged(fault: Answer | Fault, billed: 
 def test_an_error_in_a_reply_of_success_is_what_its_code_says(code: int) -> None:
     body = json.dumps({"error": {"code": code, "message": "no"}}).encode()
     assert read_answer(body) == read_error(code, body, {})
+
+
+@pytest.mark.parametrize("empty", [{}, "", None])
+def test_an_error_without_words_is_one_only_where_there_is_no_answer(empty: Any) -> None:
+    assert answer_in(said(error=empty)).text == "text"
+    fault = read_answer(json.dumps({"error": empty}).encode())
+    assert isinstance(fault, Fault) and fault.error == ("no_choices" if empty is None else "error_in_answer")
+    assert read_error(502, b"", {}).message == "no words"
 
 
 @pytest.mark.parametrize(
