@@ -65,6 +65,8 @@ def test_a_first_refusal_is_no_ceiling(slots: int, least: int, most: int) -> Non
 def test_it_goes_back_by_halves_to_what_was_refused_and_climbs_anew_beyond_it() -> None:
     concurrency = ByClimbing(100)
     refused(concurrency, 100, 1.0, overloaded=True)
+    for _ in range(200):
+        concurrency.answered(100, 10.0, 1, 13.0)  # they were sent before the cut
     limits, now = [concurrency.limit], 11.5
     for _ in range(9):
         now += 10.0
@@ -104,6 +106,9 @@ def test_refusals_of_one_episode_are_one_cut() -> None:
         assert concurrency.limit == {45: START, 32: 45}[least]  # it moves once the next request goes out
         concurrency.sending(1, at + 0.5)
         assert concurrency.limit == least
+        concurrency.congested(at, at + 0.6, overloaded=False)  # it was sent before the cut
+        concurrency.sending(1, at + 0.7)
+        assert concurrency.limit == least
 
 
 def test_a_cut_that_cost_answers_is_undone_and_one_that_did_not_stands() -> None:
@@ -126,6 +131,16 @@ def test_a_rise_that_won_nothing_is_taken_back_and_stands_unless_most_are_refuse
         limits.append(concurrency.limit)
     # 50 answers are no fifth more than 46, so it is at 49 again; there a third refused cut nothing, but two thirds do.
     assert limits == [70, 49, 140, 49, 49, 35]
+
+
+def test_a_number_that_stands_after_a_rise_that_won_nothing_does_so_for_a_minute() -> None:
+    concurrency = ByClimbing(100)
+    for number, (answers, refusals) in enumerate([(100, 50), (70, 35), (46, 23), (50, 25)]):
+        refused(concurrency, answers, 1.0 + 11.0 * number, refusals)
+    for now, least in ((60.0, 49), (104.0, 49), (105.0, 50)):  # the rise was taken back after 44.5 s
+        for _ in range(60):
+            concurrency.answered(100, 10.0, 1, now)
+        assert (concurrency.limit > 49) == (least > 49)
 
 
 @pytest.mark.parametrize(("refusals", "then"), [(17, 58), (18, 48)])  # of 67.99 85%, and 70%

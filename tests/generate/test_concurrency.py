@@ -50,6 +50,14 @@ def test_it_does_not_double_while_requests_still_arrive() -> None:
     assert idle.limit >= 2 * 276
 
 
+@pytest.mark.parametrize(("fraction", "limit"), [(1.0, 111), (0.5, 55)])
+def test_a_queue_that_is_too_short_is_made_good_and_no_more(fraction: float, limit: int) -> None:
+    """7.8 should wait, 2 do: 6 more than the 105 that run and wait at most, or this process's half of it."""
+    concurrency = ByQueue(int(100 * fraction), fraction)
+    concurrency.observed(Load(running=98, waiting=2), int(100 * fraction))
+    assert concurrency.limit == limit
+
+
 def test_requests_that_run_out_are_no_reason_for_more() -> None:
     concurrency = ByQueue(100)
     concurrency.observed(Server(1000).load(40), 40)
@@ -63,6 +71,11 @@ def test_a_full_cache_stops_the_climb_and_preemption_turns_it() -> None:
     concurrency.observed(Load(running=80, waiting=20, kv_used=1.0, preempted=3), 100)
     concurrency.observed(Load(running=80, waiting=20, kv_used=1.0, preempted=9), 100)
     assert concurrency.limit < 100
+    climbing = ByQueue(100)
+    climbing.observed(Load(running=100, waiting=0, preempted=3), 100)
+    assert climbing.limit == 216
+    climbing.observed(Load(running=216, waiting=0, preempted=9), 216)
+    assert climbing.limit == 233  # what runs, and its queue: it doubles no more
 
 
 def test_a_queue_of_a_moment_closes_no_slot() -> None:
@@ -81,6 +94,8 @@ def test_what_refuses_requests_is_not_asked_for_as_many_again() -> None:
     concurrency.congested(sent=0.0, now=0.0, overloaded=True)
     concurrency.observed(Load(running=92, waiting=8), 100)
     assert concurrency.limit == 70
+    concurrency.observed(Load(running=70, waiting=0), 70)
+    assert concurrency.limit == 87  # a quarter more: it doubles no more
 
 
 def test_processes_that_share_a_server_divide_what_is_missing() -> None:
@@ -180,6 +195,6 @@ def test_a_clogged_rank_does_not_stop_the_growth_of_the_others(others: int) -> N
     assert full.limit < 800  # all of them have a queue
 
 
-@pytest.mark.parametrize("text", ["", "<html>", "up 1", "vllm:num_requests_running 3"])
+@pytest.mark.parametrize("text", ["", "<html>", "up 1", "vllm:num_requests_running 3", "vllm:num_requests_waiting 3"])
 def test_a_server_that_shows_no_queue(text: str) -> None:
     assert read_load(text) is None

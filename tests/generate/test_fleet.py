@@ -236,6 +236,9 @@ async def test_a_weight_multiplies_what_the_recipe_allows_an_endpoint() -> None:
     half.share(5)
     assert half.limit == 5
     assert [bucket.per_minute for bucket in half.limits._buckets.values()] == [30.0, 3000.0]
+    half.share(1)
+    assert half.limit == 25
+    assert [bucket.per_minute for bucket in half.limits._buckets.values()] == [150.0, 15_000.0]
     await half.client.__aexit__()
 
 

@@ -116,6 +116,22 @@ def test_limits_that_move_give_nothing_back() -> None:
     assert bucket.delay(1, 0.0) > 4  # 1,000 were taken where 200 may go at once
 
 
+def test_a_limit_that_rises_saves_up_nothing_at_its_new_rate() -> None:
+    bucket = TokenBucket(61, 0.0)  # one a second
+    bucket.take(1, 0.0)
+    bucket.change(3660, 10.0)  # 60 a second
+    assert bucket.delay(60, 10.0) == pytest.approx(59 / 60)
+
+
+def test_a_request_is_one_of_the_requests_whatever_its_tokens() -> None:
+    limits = Limits(3660, 366_000, 0.0)  # 60 requests and 6,000 tokens a second
+    for _ in range(59):
+        limits.take(10, 0.0)
+    assert limits.delay(1000, 0.0) == 0
+    limits.take(1000, 0.0)
+    assert limits.delay(10, 0.0) == pytest.approx(1 / 60)
+
+
 def test_limits_that_move_are_told_once_each() -> None:
     limits = Limits(None, None, 0.0)
     told = [limits.learn({"x-ratelimit-limit-requests": str(500 + 500 * (n % 2))}, 0.0) for n in range(6)]
@@ -124,7 +140,8 @@ def test_limits_that_move_are_told_once_each() -> None:
 
 def test_nothing_left_pauses_until_the_reset() -> None:
     limits = Limits(None, None, 0.0)
-    limits.learn({**HEADERS, "x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "6m0s"}, 0.0)
+    told = limits.learn({**HEADERS, "x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "6m0s"}, 0.0)
+    assert told == "has no requests left for 360 s; allows 6,100 tokens per minute"
     assert limits.delay(1, 10.0) == pytest.approx(350)
 
 
@@ -138,6 +155,7 @@ def test_a_pause_is_news_if_it_is_long_and_longer_than_before() -> None:
 
 def test_a_refusal_at_the_rate_that_is_told_is_none_of_the_number_in_flight() -> None:
     limits = Limits(None, None, now=0.0)
+    limits.learn({"date": "Tue, 01 Dec 2026 04:00:00 GMT"}, now=1.0)
     assert not limits.paced(sent=0.0, now=5.0)  # nothing is known
     limits.learn({"x-ratelimit-limit-requests": "3000"}, now=5.0)  # 49 may go at once
     assert limits.paced(sent=4.9, now=5.0)  # it went out before the rate was known
@@ -146,6 +164,16 @@ def test_a_refusal_at_the_rate_that_is_told_is_none_of_the_number_in_flight() ->
         limits.take(1, now=5.0)
     assert limits.paced(sent=5.0, now=5.0)  # they went out as fast as they may
     assert not limits.paced(sent=5.0, now=6.0)
+    limits.learn({"x-ratelimit-limit-requests": "3000"}, now=7.0)
+    assert not limits.paced(sent=6.5, now=8.0)  # it was known before
+
+
+def test_a_slow_rate_is_kept_to_until_the_next_request_may_go() -> None:
+    limits = Limits(30, None, 0.0)
+    assert not limits.paced(sent=0.0, now=0.0)
+    limits.take(1, 0.0)
+    assert limits.paced(sent=0.0, now=1.5)
+    assert not limits.paced(sent=0.0, now=2.1)
 
 
 def test_a_process_takes_its_part() -> None:
