@@ -60,8 +60,10 @@ def hear(model: Model, *said: str) -> tuple[list[str], Answered]:
 
 def test_each_is_asked_as_it_must_be_asked() -> None:
     with misbehaving(lambda asked: streaming("fine")) as server:
-        hear(model_at(server.url), "hello")
-        hear(model_at(server.url, AFTER), "hello", "hi", "and now?")
+        models = [model_at(server.url), model_at(server.url, AFTER)]
+        hear(models[0], "hello")
+        hear(models[1], "hello", "hi", "and now?")
+    assert [model.told for model in models] == ["told a system prompt and 1 example", "told its own system prompt"]
     teacher, student = (asked.body for asked in server.asked)
     assert [turn["content"] for turn in teacher["messages"]] == [TOLD["system"], "on", "{}", "hello"]
     assert [turn["content"] for turn in student["messages"]] == ["Be brief.", "hello", "hi", "and now?"]
@@ -255,17 +257,18 @@ def test_an_answer_says_that_its_student_was_trained_again_since(tmp_path: Path)
 def test_a_run_that_can_only_be_read_keeps_no_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writable: bool
 ) -> None:
-    logs = dict[str, Path | None]()  # by the name that the model is asked by
+    logs, of_teacher = dict[str, Path | None](), ["--quantization", "awq"]  # by the name that the model is asked by
 
     def serving(*_: Any, log: Path | None, served_name: str, config: ServeConfig, **__: Any) -> Any:
         logs[served_name] = log
-        assert config == beside_others(ServeConfig(), 2)
+        assert config == beside_others(ServeConfig(args=of_teacher if served_name == "stub" else []), 2)
         raise DistillError("no server")
 
     monkeypatch.setattr(os, "access", lambda path, mode: writable or path != tmp_path)
     monkeypatch.setattr(chat.models, "serving", serving)
     monkeypatch.setattr(chat.models, "reference_of", lambda *_: "folder")
-    models = [Model(key, "", recipe_for("http://127.0.0.1:1/v1")) for key in (TEACHER, AFTER)]
+    recipe = recipe_for("http://127.0.0.1:1/v1", serve={"args": of_teacher})
+    models = [Model(key, "", recipe) for key in (TEACHER, AFTER)]
     with starting(models, RunDir(tmp_path)):
         for model in models:
             with pytest.raises(DistillError, match="no server"):

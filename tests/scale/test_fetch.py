@@ -248,8 +248,8 @@ def test_what_the_user_may_remove_stays_removed_and_all_else_comes_back(
     store: Store, home: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     removed = ["training/checkpoint-5/trainer_state.json", "training/fingerprint", "reviews.jsonl"]
-    answers = ["completions.jsonl", "judge/a/b/completions.jsonl"]
-    write(home, *removed, *answers, "kept.jsonl", "report.html.tmp")  # the last one is half written
+    answers, stays = ["completions.jsonl", "judge/a/b/completions.jsonl"], "review_sample.json"
+    write(home, stays, *removed, *answers, "kept.jsonl", "report.html.tmp")  # the last one is half written
     assert run_in_store([sys.executable, "-c", "pass"], store.url, home) == 0
     assert {*removed, *answers, "kept.jsonl"} < {*store.names()} and "report.html.tmp" not in store.names()
     store.put(by_hand := "judgements.jsonl", b"put there by hand")  # it was never here, so nobody has removed it
@@ -261,8 +261,11 @@ def test_what_the_user_may_remove_stays_removed_and_all_else_comes_back(
         "print(*sorted(path.relative_to(home) for path in home.rglob('[!.]*') if path.is_file()))"
     )
     assert run_in_store([sys.executable, "-c", look], store.url, home) == 0
-    left = sorted([*answers, by_hand, "kept.jsonl"])
-    assert capfd.readouterr().out.split() == left  # what the stage sees
+    left = sorted([*answers, by_hand, stays, "kept.jsonl"])
+    said = capfd.readouterr()
+    assert said.out.split() == left  # what the stage sees
+    told = {line.partition(":")[0] for line in said.err.splitlines() if "was removed here" in line}
+    assert told == {"training", "reviews.jsonl"}
     assert [name for name in store.names() if not name.startswith("lease/")] == left
     assert [store.get(name) for name in answers] == [row(1), row(1)]
 

@@ -130,6 +130,23 @@ def test_what_a_run_in_a_store_cannot_do_is_refused(told: Training) -> None:
             train_on_cluster("auto", told._replace(recipe=make_recipe("m", method="on_policy", kd={"weights": "full"})))
 
 
+def test_a_student_that_is_made_first_is_in_the_store_before_the_nodes_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(_: object, run: RunDir, rows: list[int]) -> None:
+        run.student_init.mkdir()
+        (run.student_init / "config.json").write_text(str(rows))
+
+    monkeypatch.setattr(training, "initial_student", make)
+    monkeypatch.setattr(training, "read_parts", lambda *_: SimpleNamespace(train=[1]))
+    store = open_store((tmp_path / "store").as_uri())
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    for student, names in (("base", []), ("prune:1", ["student-init/config.json"])):
+        training._make_student(Training(make_recipe(student, method="full"), run, {}, store.url))
+        assert store.names() == names
+
+
 def test_a_node_works_in_a_folder_of_its_own_and_goes_on_from_the_store(
     told: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
