@@ -26,6 +26,7 @@ from scale.parts import read_part
 from scale.storage import Folder, Store, open_store
 from scale.worker import Worker
 from tests.servers.misbehaving_server import (
+    MODEL,
     Asked,
     Behaviour,
     answer,
@@ -262,14 +263,25 @@ def summary_tokens(run: RunDir) -> int:
     return int(read_lineage(run)["generate"]["spent"]["tokens"])
 
 
-async def test_the_budget_ends_it_where_one_machine_would_and_a_raised_one_goes_on(run: RunDir) -> None:
+@pytest.mark.parametrize(
+    ("budget", "raised", "price", "words"),
+    [
+        ({"tokens": 1000}, {"tokens": 4000}, None, r"of budget\.tokens 1,000"),
+        ({"usd": 0.001}, {"usd": 0.004}, {"input": 1, "output": 1}, r"of budget\.usd 0\.001"),
+    ],
+)
+async def test_the_budget_ends_it_where_one_machine_would_and_a_raised_one_goes_on(
+    run: RunDir, budget: dict[str, float], raised: dict[str, float], price: dict[str, float] | None, words: str
+) -> None:
     with misbehaving(lambda asked: answer(delay_s=0.01)) as server:
-        recipe = recipe_for(server, 100, budget={"tokens": 1000}, sampling={"max_tokens": 5})
-        with pytest.raises(BudgetReached, match=r"of budget\.tokens 1,000"):
+        teacher = {"model": MODEL, "base_url": server.url, "price": price}
+        sections: dict[str, Any] = {"teacher": teacher, "sampling": {"max_tokens": 5}}
+        recipe = recipe_for(server, 100, budget=budget, **sections)
+        with pytest.raises(BudgetReached, match=words):
             await drive(recipe, run, FakeCluster(2))
         assert 1000 - 250 < 12 * len(server.asked) <= 1000
         assert summary_tokens(run) == 12 * len(server.asked)
-        more = recipe_for(server, 100, budget={"tokens": 4000}, sampling={"max_tokens": 5})
+        more = recipe_for(server, 100, budget=raised, **sections)
         await drive(more, run, FakeCluster(2))
         assert len(server.asked) == 100
     assert whole(run, 100)
