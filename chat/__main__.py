@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from chat.conversation import system_of
 from chat.models import choose_models, starting
 from chat.terminal import talk
 from pipeline.cli import parse_stage, run_stage, stage_parser
@@ -26,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     run.path.mkdir(parents=True, exist_ok=True)  # for the logs of servers
     with starting(models, run):
         if options.terminal:
-            talk(models[0])
+            talk(models[0], system_of(recipe, run))
         else:
             from chat.page import chat_page
 

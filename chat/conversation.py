@@ -5,18 +5,19 @@ from itertools import islice
 
 import msgspec
 
-from pipeline.instructions import INSTRUCTIONS
+from pipeline.instructions import INSTRUCTIONS, with_system_of_rows
 from pipeline.recipe import Recipe
 from pipeline.records import Json, Message, Prompt, as_text, read_jsonl
 from pipeline.rundir import RunDir
-from pipeline.students import other_parts
+from pipeline.students import other_parts, trained_section
 
 QUESTIONS = 50  # to try, at most
 
 
-def system_of(recipe: Recipe) -> list[Message]:
+def system_of(recipe: Recipe, run: RunDir) -> list[Message]:
     """The instructions that every prompt of the run has; what only one model is told is added where it is asked."""
-    return [Message("system", recipe.prompts.system)] if recipe.prompts.system else []
+    system = with_system_of_rows(recipe, trained_section(run.student)).prompts.system
+    return [Message("system", system)] if system else []
 
 
 def questions_to_try(recipe: Recipe, run: RunDir) -> list[Json]:

@@ -47,7 +47,7 @@ def chat_page(recipe: Recipe, run: RunDir, models: Sequence[Model], token: str) 
     """The application."""
     app, turn = page_app(PAGE, token), asyncio.Lock()
     by_name = {model.name: model for model in models}
-    begin = msgspec.to_builtins(system_of(recipe))
+    begin = msgspec.to_builtins(system_of(recipe, run))
     student = recipe.student.model if recipe.student else ""
     questions = questions_to_try(recipe, run)
     sampling = ", ".join(f"{name} {value}" for name, value in recipe.sampling.fields().items() if name != "seed")

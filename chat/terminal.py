@@ -6,12 +6,12 @@ import io
 import re
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import aclosing
 
 from rich.console import Console
 
 from chat.answer import LOOK_S, Answered, answer
-from chat.conversation import system_of
 from chat.models import Model
 from pipeline.errors import DistillError
 from pipeline.records import Message
@@ -20,8 +20,11 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what could move the cu
 CLEAR = "/clear"
 
 
-def talk(model: Model) -> None:
-    """Talks until the input ends. Ctrl-C stops an answer. Raises DistillError if the model's server does not start."""
+def talk(model: Model, begin: Sequence[Message]) -> None:
+    """Talks until the input ends; `begin` is what a conversation begins with. Ctrl-C stops an answer.
+
+    Raises DistillError if the model's server does not start.
+    """
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # bytes that are not of its encoding must not end the talk
     console = Console(highlight=False, markup=False, soft_wrap=True)
@@ -35,7 +38,6 @@ def talk(model: Model) -> None:
     if model.state == "failed":
         raise DistillError(model.said)
     console.print(f"{model.label}, {model.told}. {CLEAR} begins anew, Ctrl-C stops an answer, Ctrl-D ends.")
-    begin = system_of(model.recipe)
     conversation = list(begin)
     while True:
         try:

@@ -1,6 +1,7 @@
 """What the teacher is told and what the student is asked: one place, for every stage. Reads and writes no file."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from pipeline.recipe import Recipe
 from pipeline.records import Json, Message, as_text, said
@@ -58,6 +59,25 @@ def system_of_student(recipe: Recipe) -> str | None:
     """The system prompt of a student's every prompt; empty: none at all, None: what a prompt itself brings."""
     own = recipe.student.system if recipe.student else None
     return recipe.prompts.system if own is None else own
+
+
+def shared_system(conversations: Iterable[Sequence[Message]]) -> str | None:
+    """The system message that all conversations begin with; None if one has another or none."""
+    shared = None
+    for first, *_ in conversations:
+        if first.role != "system" or shared not in (None, first.content):
+            return None
+        shared = first.content
+    return shared
+
+
+def with_system_of_rows(recipe: Recipe, trained: Mapping[str, Any]) -> Recipe:
+    """The recipe with the system message that all rows of a training brought, as if it were `prompts.system`.
+
+    `trained`: `train` of the lineage.
+    """
+    system = trained.get("system_of_rows") or recipe.prompts.system
+    return recipe.model_copy(update={"prompts": recipe.prompts.model_copy(update={"system": system})})
 
 
 def _parted(messages: Sequence[Message]) -> tuple[list[Message], list[Message]]:

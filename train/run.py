@@ -24,7 +24,7 @@ from rich.console import Console
 from pipeline.adapters import check_whole
 from pipeline.checks import Check
 from pipeline.errors import RecipeError
-from pipeline.instructions import system_of_student, told_to_teacher
+from pipeline.instructions import shared_system, system_of_student, told_to_teacher
 from pipeline.lineage import read_lineage, versions, with_section, write_lineage
 from pipeline.loaded_model import context_of
 from pipeline.progress import reporting, reporting_time
@@ -122,8 +122,8 @@ def train_run(
     _learn(prepared, work)
     if processes.lead:
         log = training_log(prepared, recipe, rows) | {"learning_rate_default": rate}
-        section = _lineage_section(recipe, log) | {"precision": prepared.precision, "processes": processes.count}
-        section |= {"fingerprint": fingerprint, "too_long_dropped": prepared.too_long}
+        section = _lineage_section(recipe, log, parts.train) | {"precision": prepared.precision}
+        section |= {"processes": processes.count, "fingerprint": fingerprint, "too_long_dropped": prepared.too_long}
         section["built" if student.built else "base"] = origin_of(student, run)
         section |= {"weights": "full", "start": trained_section(start)} if start else {}  # a whole model is saved
         _publish(work / "student", log, {**section, "checks": msgspec.to_builtins(checks)}, recipe, run, parts.test)
@@ -310,12 +310,13 @@ def training_log(prepared: "Prepared", recipe: Recipe, rows: dict[str, int]) -> 
     }
 
 
-def _lineage_section(recipe: Recipe, log: dict[str, Any]) -> dict[str, Any]:
+def _lineage_section(recipe: Recipe, log: dict[str, Any], rows: Iterable[Kept]) -> dict[str, Any]:
     assert recipe.student is not None
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "student": recipe.student.model,
         "system": system_of_student(recipe),
+        "system_of_rows": shared_system(row.messages for row in rows),
         "teacher": recipe.teacher.model,
         "initialised_from": _initialised_from(recipe),
         "parts": recipe.prompts.parted_by,

@@ -13,7 +13,9 @@ from msgspec.structs import replace
 from rich.console import Console
 from transformers import AutoTokenizer
 
+from chat.conversation import system_of
 from pipeline.errors import DataError, RecipeError, UsageError
+from pipeline.instructions import shared_system, system_of_student
 from pipeline.reasoning import reasoning_form
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, Message, read_jsonl
@@ -21,7 +23,7 @@ from tests.tiny_student import CHATML, kept_row, log_of, make_recipe, make_run, 
 from train.checks.before import check_student
 from train.checks.data import row_checks
 from train.checks.pair import thoughts_check, told_only, tools_check
-from train.publish.export import export_dataset
+from train.publish.export import export_dataset, export_gguf
 from train.rows import Parts, to_examples
 from train.run import _of_teacher, train_run
 from train.setting import Setting
@@ -159,7 +161,12 @@ def test_a_teacher_that_was_told_nothing_is_not_said_to_have_been_told_a_system_
     ],
 )
 def test_the_student_is_asked_with_its_own_system_prompt_in_training_and_export(
-    student: Callable[[str], str], tmp_path: Path, system: str | None, own: list[Message], words: str
+    student: Callable[[str], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    system: str | None,
+    own: list[Message],
+    words: str,
 ) -> None:
     bare = [kept_row(n, "", f"Yes {n}.", messages=[Message("system", "Of the prompt."), Message("user", f"{n}?")])
             for n in range(6)]  # fmt: skip
@@ -173,10 +180,26 @@ def test_the_student_is_asked_with_its_own_system_prompt_in_training_and_export(
     assert words in checks["templates"]["finding"]
     card = (run.student / "README.md").read_text()
     assert words in card and "SECRET" not in card and ("Be short." in card) == (system == "Be short.")
+    assert "| system message | Of the prompt. |" in card
+    example = [*({"role": turn.role, "content": turn.content} for turn in own), {"role": "user", "content": "Hi"}]
+    assert f"messages = {json.dumps(example)}\n" in card
+    assert system_of(recipe, run) == [Message("system", "Of the prompt.")]  # in a chat, for the teacher too
+    written = "train.publish.export.write_gguf"
+    monkeypatch.setattr(written, lambda asked, *_, **__: system_of_student(asked) or "no message")
+    export_gguf(recipe, run, "f16")
+    assert f"-m {own[0].content if own else 'no message'!r}" in (run.path / "export" / "gguf" / "README.md").read_text()
     rows = datasets.load_dataset(str(export_dataset(recipe, run)), cache_dir=str(tmp_path / "cache"))
     for row in (row for part in rows.values() for row in part):
         assert row["prompt"][:-1] == [{"role": turn.role, "content": turn.content} for turn in own]
         assert row["prompt"][-1]["role"] == "user"
+
+
+@pytest.mark.parametrize(
+    ("systems", "shared"), [(["A", "A"], "A"), (["A", "B"], None), (["A", None], None), ([None, "A"], None), ([], None)]
+)
+def test_a_system_message_is_that_of_all_rows_or_none(systems: list[str | None], shared: str | None) -> None:
+    begins = [[Message("system", system)] if system else [] for system in systems]
+    assert shared_system([[*begin, Message("user", "Hi")] for begin in begins]) == shared
 
 
 def test_reasoning_is_left_out_unless_the_recipe_keeps_it(student: Callable[[str], str], tmp_path: Path) -> None:

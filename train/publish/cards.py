@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from pipeline.instructions import system_of_student
+from pipeline.instructions import system_of_student, with_system_of_rows
 from pipeline.lineage import answered_by, taught_by
 from pipeline.models import is_path
 from pipeline.prompts_config import slot_values
@@ -60,6 +60,7 @@ def model_card(
     """
     from huggingface_hub import EvalResult, ModelCardData
 
+    recipe = with_system_of_rows(recipe, lineage["train"])
     origin, teachers = lineage["train"]["initialised_from"], _terms(recipe, taught_by(recipe, lineage))
     lineage = without_places(lineage, recipe)
     train = lineage["train"]

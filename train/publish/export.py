@@ -27,6 +27,7 @@ from pydantic import SecretStr
 from pipeline.adapters import ADAPTER, MERGED_FROM
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import DistillError, UsageError, first_line
+from pipeline.instructions import with_system_of_rows
 from pipeline.lineage import read_lineage
 from pipeline.reasoning import reasoning_form
 from pipeline.recipe import Recipe
@@ -127,7 +128,8 @@ def export_gguf(recipe: Recipe, run: RunDir, kind: str, *, repo: str | None = No
     lineage = _student_lineage(recipe, run)
     folder = run.path / "export" / "gguf"
     with _replacing_export(folder, run) as building:
-        file = write_gguf(recipe, after_training(recipe, run), building, name=lineage["name"], kind=kind)
+        asked = with_system_of_rows(recipe, lineage["train"])
+        file = write_gguf(asked, after_training(recipe, run), building, name=lineage["name"], kind=kind)
         card = model_card(recipe, lineage, repo=repo or "gguf", adapter=False, gguf=file, data=data)
         _write(building, card, lineage, recipe)
     return folder
