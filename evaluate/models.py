@@ -18,12 +18,12 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from pipeline.adapters import ADAPTER, base_of, digest_files, measure_weights, stamp_files, whole_model
+from pipeline.adapters import base_of, digest_files, measure_weights, stamp_files, whole_model
 from pipeline.address import is_loopback
 from pipeline.errors import DistillError
 from pipeline.instructions import asked_of_student, told_to_teacher
 from pipeline.lineage import read_lineage, taught_by
-from pipeline.models import PREFIX, embedded_folder, explained, is_path, model_folder, tokenizer_from
+from pipeline.models import ADAPTER, PREFIX, embedded_folder, explained, is_path, model_folder, tokenizer_from
 from pipeline.recipe import Recipe
 from pipeline.recipe_sources import expanded
 from pipeline.records import Kept, Prompt

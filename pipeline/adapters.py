@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 import msgspec
 
 from pipeline.errors import UsageError
-from pipeline.models import explained
+from pipeline.models import ADAPTER, explained
 from pipeline.records import read_json
 from pipeline.rundir import RunDir, replacing_folder, waiting_lock
 
-ADAPTER = "adapter_config.json"  # in the folder of an adapter, and in no other
 PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 MERGED_FROM = "merged_from.json"  # in a merged folder of a run: the base and adapter that it was made of
 

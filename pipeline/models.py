@@ -27,6 +27,7 @@ from pipeline.recipe_sources import expanded
 from pipeline.rundir import replacing_folder, waiting_lock
 
 PREFIX = "embedded:"
+ADAPTER = "adapter_config.json"  # in the folder of an adapter, and in no other
 BLOCK = 1 << 24  # bytes per read
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]  # of a Hub repository: no second copies
 
@@ -64,6 +65,9 @@ def resolve_model(reference: str) -> str:
     if is_path(reference):
         folder = expanded(reference)
         if not (folder / "config.json").is_file():
+            if (folder / ADAPTER).is_file():
+                how = 'merge it into its base (of a run: make export ARGS="--merged") and name the merged folder'
+                raise UsageError(f"model {reference}: the folder holds an adapter, which is no whole model; {how}")
             state = "has no config.json" if folder.is_dir() else "is not there"
             where = "" if folder.is_absolute() else f" (relative to {Path.cwd()})"
             raise UsageError(f"model {reference}: the folder {state}{where}; give a model folder or a Hub id")

@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.adapters import ADAPTER, check_whole, torn_file, whole_model
+from pipeline.adapters import check_whole, torn_file, whole_model
 from pipeline.errors import UsageError
 from pipeline.instructions import system_of_student
 from pipeline.lineage import read_lineage
-from pipeline.models import model_folder
+from pipeline.models import ADAPTER, model_folder
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
 from pipeline.student_config import BUILT, StudentConfig

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline import models
 from pipeline.errors import DistillError, UsageError
-from pipeline.models import EmbeddedModel, embedded_folder, resolve_model
+from pipeline.models import ADAPTER, EmbeddedModel, embedded_folder, resolve_model
 
 ROOT = Path(__file__).parents[2]
 GGUF = b"GGUF, as far as a test needs it"
@@ -77,11 +77,14 @@ def test_a_folder_with_a_model_is_itself(tmp_path, monkeypatch):
             "~no-such-user/m",
             "model ~no-such-user/m: the folder is not there (relative to {here}); give a model folder or a Hub id",
         ),
+        ("./adapter", "model ./adapter: the folder holds an adapter, which is no whole model; merge it into its base"),
         ("embedded:nothing", "model embedded:nothing: no such embedded model; there are smollm2-135m"),
     ],
 )
 def test_a_wrong_reference_is_one_line(tmp_path, monkeypatch, reference, says):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / ADAPTER).touch()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError) as error:
         resolve_model(reference)

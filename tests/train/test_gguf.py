@@ -15,8 +15,8 @@ import pytest
 from gguf import GGUFReader
 
 import train.publish.to_gguf
-from pipeline.adapters import ADAPTER
 from pipeline.errors import DistillError, UsageError
+from pipeline.models import ADAPTER
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
 from tests.tiny_student import CHATML, kept_row, make_recipe, make_run, tiny_model, tiny_tokenizer

@@ -24,11 +24,12 @@ from typing import Any
 import msgspec
 from pydantic import SecretStr
 
-from pipeline.adapters import ADAPTER, MERGED_FROM
+from pipeline.adapters import MERGED_FROM
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import DistillError, UsageError, first_line
 from pipeline.instructions import with_system_of_rows
 from pipeline.lineage import read_lineage
+from pipeline.models import ADAPTER
 from pipeline.reasoning import reasoning_form
 from pipeline.recipe import Recipe
 from pipeline.records import Kept
