@@ -56,3 +56,5 @@ def test_an_address_that_is_nearly_right_is_told() -> None:
     teacher = TeacherConfig(model="m", base_url="https://gpu-box:8000/v1")
     why = "[SSL: WRONG_VERSION_NUMBER] wrong version number (_ssl.c:1016)"
     assert str(no_endpoint(teacher, teacher.url, why)).endswith("; begin teacher.base_url with http://")
+    why = "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed certificate (_ssl.c:1016)"
+    assert str(no_endpoint(teacher, teacher.url, why)).endswith("its authority's certificate in SSL_CERT_FILE")

@@ -14,8 +14,8 @@ import aiohttp
 import pytest
 
 from generate.batch_api import BatchApi
-from generate.client import check_teacher, headers_of, read_exception
-from generate.reply import Answer, Fault, read_answer, read_error
+from generate.client import Client, OneAddress, check_teacher, headers_of, read_exception
+from generate.reply import Answer, Choices, Fault, read_answer, read_choices, read_error
 from generate.run import generate
 from generate.streaming import Refused, Streamed, stream, streaming_session
 from pipeline.address import proxy_of
@@ -62,6 +62,7 @@ def answer_in(body: bytes) -> Answer:
         ({"prompt_tokens": 7, "completion_tokens": 0, "total_tokens": 7}, (7, None)),  # of an answer that has a text
         ({"prompt_tokens": 7, "total_tokens": 7}, (7, None)),
         ({"prompt_tokens": 7, "total_tokens": 12}, (7, 5)),
+        ({"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 9}, (7, 5)),
         ([], (None, None)),
         ("7", (None, None)),
     ],
@@ -69,6 +70,17 @@ def answer_in(body: bytes) -> Answer:
 def test_a_usage_that_is_no_count_costs_no_answer(usage: Any, counted: tuple[int | None, int | None]) -> None:
     found = answer_in(said(usage=usage))
     assert (found.text, found.usage.prompt_tokens, found.usage.completion_tokens) == ("text", *counted)
+
+
+@pytest.mark.parametrize(
+    ("texts", "counted"), [(("", ""), 0), (("text", ""), None), (("", "text"), None), (("",), 0), (("text",), None)]
+)
+def test_no_tokens_are_a_count_only_where_nothing_was_said(texts: tuple[str, ...], counted: int | None) -> None:
+    choices = [{"message": {"role": "assistant", "content": text}, "finish_reason": "stop"} for text in texts]
+    body = json.dumps({"choices": choices, "usage": {"prompt_tokens": 7, "completion_tokens": 0, "total_tokens": 7}})
+    found = read_choices(body.encode(), most=len(texts))
+    assert isinstance(found, Choices)
+    assert found.usage == Usage(prompt_tokens=7, completion_tokens=counted)
 
 
 @pytest.mark.parametrize(("prompt", "completion"), [(-900, -900), (7, 0)])
@@ -180,8 +192,11 @@ def test_a_thought_that_is_neither_shown_nor_counted_apart_was_cut_off(counted: 
     assert "it was cut off before any text, perhaps while the model was thinking; raise sampling.max" in found.message
 
 
-def test_a_blank_text_is_no_hidden_thought() -> None:
-    found = read_answer(said("\n\n", "length", {"prompt_tokens": 10, "completion_tokens": 99}))
+@pytest.mark.parametrize(
+    ("text", "usage"), [("\n\n", {"prompt_tokens": 10, "completion_tokens": 99}), (None, {"prompt_tokens": 10})]
+)
+def test_a_blank_text_or_one_without_a_count_is_no_hidden_thought(text: str | None, usage: dict[str, int]) -> None:
+    found = read_answer(said(text, "length", usage))
     assert isinstance(found, Fault) and found.error == "empty_answer"
 
 
@@ -397,6 +412,24 @@ async def test_nor_is_it_for_a_streamed_request(monkeypatch: pytest.MonkeyPatch,
         async with streaming_session(teacher, timeout_s=5) as session:
             await stream(session, teacher, b'{"messages": [{"role": "user", "content": "say 1"}]}')
     assert server.asked[0].headers["Authorization"] == "Bearer sk-abc"
+
+
+async def test_no_hidden_limit_of_aiohttp_is_left() -> None:
+    """100 connections, 300 s for a reply; and a gateway's cookie would send all requests to one server."""
+    teacher = recipe_for("http://127.0.0.1:1/v1").teacher
+    client, sessions = Client(teacher, teacher.url), [streaming_session(teacher, timeout_s) for timeout_s in (None, 5)]
+    async with client, sessions[0], sessions[1]:
+        connectors = [session.connector for session in (client._session, *sessions)]
+        assert [connector and connector.limit for connector in connectors] == [0, 0, 0]
+        assert [session.timeout.total for session in (client._session, *sessions)] == [None, 3600, 5]
+        assert isinstance(client._session.cookie_jar, aiohttp.DummyCookieJar)
+
+
+@pytest.mark.parametrize(("address", "family"), [("10.0.0.7", socket.AF_INET), ("fd00::7", socket.AF_INET6)])
+async def test_one_of_a_name_s_addresses_is_the_one_that_is_asked(address: str, family: socket.AddressFamily) -> None:
+    (found,) = await OneAddress(address).resolve("teacher.internal", 8000)
+    assert (found["hostname"], found["host"], found["port"]) == ("teacher.internal", address, 8000)
+    assert (found["family"], found["flags"]) == (family, socket.AI_NUMERICHOST)
 
 
 async def test_a_streamed_thought_and_a_streamed_call_are_tokens_of_the_answer() -> None:
@@ -654,7 +687,9 @@ def gemini_quota(violation: dict[str, str]) -> list[dict[str, Any]]:
     ids=["Anthropic", "LiteLLM", "LiteLLM 429", "xAI", "Fireworks", "OpenAI", "OpenAI 400", "Gemini"],
 )
 def test_money_or_a_day_s_quota_that_is_used_up(status: int, body: Any) -> None:
-    assert read_error(status, json.dumps(body, indent=2).encode(), {}).error == "insufficient_quota"
+    said = json.dumps(body, indent=2).encode()
+    assert read_error(status, said, {}).error == "insufficient_quota"
+    assert read_error(502, said, {}).error == "server_error"  # what a gateway that is broken says is no word of money
 
 
 def test_a_quota_of_a_minute_and_a_prompt_about_money_are_not() -> None:
