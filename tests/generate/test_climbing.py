@@ -26,6 +26,19 @@ def test_without_a_queue_to_look_at_it_climbs_to_where_throughput_ends(slots: in
     assert 0.8 * slots <= concurrency.limit <= max(1.4 * slots, 1.6 * START)
 
 
+def test_near_the_best_number_a_tenth_more_and_a_tenth_less_are_tried_in_turn() -> None:
+    """On 100 slots, round by round: doubled, and once more in doubt; then as low as throughput does not fall."""
+    concurrency, now, limits = ByClimbing(START), 0.0, []
+    for number in range(21):
+        limits.append(limit := concurrency.limit)
+        latency_s = 10.0 * max(limit / 100, 1.0)
+        now += latency_s + 1.0
+        for _ in range(limit // 2 if number < 4 else 1024):
+            concurrency.answered(100, latency_s, limit, now)
+    assert limits[:8] == [64, 128, 256, 256, 140, 154, 140, 126]
+    assert limits[8:] == [126, 139, 126, 113, 113, 124, 113, 102, 102, 112, 102, 92, 102]
+
+
 def test_a_number_that_was_never_in_flight_is_not_judged() -> None:
     """A rate limit that is told keeps requests back: what they bring is no sign that more would bring nothing."""
     concurrency = ByClimbing(START)
