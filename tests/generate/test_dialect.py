@@ -130,6 +130,23 @@ def test_a_body_is_encoded_once_and_again_after_a_lesson() -> None:
     assert dialect.body(asked) is not first
 
 
+@pytest.mark.parametrize(
+    ("fault", "taught"),
+    [
+        (Fault("bad_request", "no", 400), True),
+        (Fault("bad_request", "no", 422), True),
+        (Fault("bad_request", "too large", 413), False),
+        (Fault("server_error", "broken", 500), False),  # else it would be sent again for ever, as no attempt counts
+        (Fault("timeout", "no whole answer"), False),
+    ],
+)
+def test_a_request_from_before_a_lesson_is_sent_again_only_where_it_was_refused(fault: Fault, taught: bool) -> None:
+    dialect, earlier = Dialect(), job()
+    dialect.body(earlier)
+    learn(dialect, "Unrecognized request argument supplied: seed")
+    assert dialect.teaches(fault, earlier) == taught
+
+
 def test_the_field_that_fastapi_names_is_the_parameter() -> None:
     body = b'{"detail":[{"type":"extra_forbidden","loc":["body","seed"],"msg":"Extra inputs are not permitted"}]}'
     assert read_error(422, body, {}).parameter == "seed"
@@ -196,7 +213,8 @@ def test_a_setting_that_is_refused_in_any_shape_is_sent_no_more(error: Any, name
 )
 def test_the_prompt_s_own_words_teach_nothing(prompt: str, message: str, parameter: str | None) -> None:
     dialect = Dialect()
-    assert not learn(dialect, message, parameter, job([Message(role="user", content=prompt)]))
+    for asked in ([Message(role="user", content=prompt)], [ASKED[0], Message(role="user", content=prompt)]):
+        assert not learn(dialect, message, parameter, job(asked))
     assert dialect.version == 0
 
 
