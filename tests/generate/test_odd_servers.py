@@ -36,7 +36,7 @@ from tests.servers.misbehaving_server import (
     recipe_for,
     reset,
 )
-from tests.servers.streaming_server import streaming
+from tests.servers.streaming_server import COUNTED, streaming
 
 
 def said(content: Any = "text", finish_reason: Any = "stop", usage: Any = None, **more: Any) -> bytes:
@@ -412,6 +412,7 @@ async def test_nor_is_it_for_a_streamed_request(monkeypatch: pytest.MonkeyPatch,
         async with streaming_session(teacher, timeout_s=5) as session:
             await stream(session, teacher, b'{"messages": [{"role": "user", "content": "say 1"}]}')
     assert server.asked[0].headers["Authorization"] == "Bearer sk-abc"
+    assert (server.asked[0].body["stream"], server.asked[0].body["stream_options"]) == (True, {"include_usage": True})
 
 
 async def test_no_hidden_limit_of_aiohttp_is_left() -> None:
@@ -484,6 +485,15 @@ async def test_a_stream_that_does_not_come_whole_is_a_fault(behaviour: Behaviour
             with pytest.raises(Refused, match=says) as refused:
                 await stream(session, teacher, b'{"messages": [{"role": "user", "content": "say 1"}]}')
     assert refused.value.fault.error == kind
+
+
+async def test_a_stream_is_whole_once_it_has_said_why_it_ends_and_what_it_counted_stays() -> None:
+    ended = {"choices": [{"index": 0, "delta": {"content": "two"}, "finish_reason": "stop"}], "usage": COUNTED}
+    body = b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in (ended, {"choices": []}))
+    with misbehaving(lambda asked: raw(body, content_type="text/event-stream")) as server:
+        async with streaming_session(teacher := recipe_for(server).teacher, timeout_s=5) as session:
+            said = await stream(session, teacher, b'{"messages": [{"role": "user", "content": "say 1"}]}')
+    assert said.tokens == 7
 
 
 async def test_a_streamed_line_that_is_too_long_is_a_fault() -> None:
