@@ -92,7 +92,11 @@ def test_online_a_batch_under_way_counts_as_the_most_that_it_can_cost(run: RunDi
         asking = batch_recipe(fake, 10, sampling={"max_tokens": 5})
         left_at_work(fake, asking, run)
         (chunk,) = json.loads((run.path / "batches/state.json").read_text())["chunks"]
-        budget = {"tokens": chunk["prompt_tokens"] + chunk["completion_tokens"] + 400}
+        texts = (run.path / "batches/001.input.jsonl").read_text().splitlines()
+        bodies = [json.dumps(json.loads(text)["body"], separators=(",", ":")) for text in texts]
+        most = sum(len(body) + 64 for body in bodies), 10 * 5  # a token per byte, and the chat template
+        assert (chunk["prompt_tokens"], chunk["completion_tokens"]) == most
+        budget = {"tokens": sum(most) + 400}
         with pytest.raises(BudgetReached):
             generate(
                 recipe_for(server, 40, generate={"concurrency": 1}, sampling={"max_tokens": 5}, budget=budget),
