@@ -15,7 +15,7 @@ from tenacity import wait_fixed
 from generate.context import opened_run
 from generate.endpoint import Endpoint
 from generate.fleet import FEW, Fleet
-from generate.jobs import Partition
+from generate.jobs import WHOLE, Partition
 from generate.progress import Counters
 from generate.run import generate
 from generate.servers import opened_loop
@@ -240,6 +240,23 @@ async def test_a_weight_multiplies_what_the_recipe_allows_an_endpoint() -> None:
     assert half.limit == 25
     assert [bucket.per_minute for bucket in half.limits._buckets.values()] == [150.0, 15_000.0]
     await half.client.__aexit__()
+    last = Endpoint(recipe_for(target.url, generate={"concurrency": 2}), Target("http://a/v1"), Partition(3, 4), print)
+    assert last.limit == 1  # else it would wait for ever
+    await last.client.__aexit__()
+
+
+async def test_as_many_answers_are_in_flight_as_the_number_says() -> None:
+    url = "http://127.0.0.1:1/v1"
+    endpoint = Endpoint(recipe_for(url, generate={"concurrency": 4}), Target(url), WHOLE, print)
+    assert endpoint.ready_in(1, 9, 0.0) == 0  # a request for more goes out alone
+    for _ in range(3):
+        endpoint.begin(1, 1, 0.0)
+    assert [endpoint.ready_in(1, choices, 0.0) for choices in (1, 2)] == [0, inf]
+    endpoint.begin(1, 1, 0.0)
+    assert endpoint.ready_in(1, 1, 0.0) == inf
+    endpoint.ended(2, 0.0)
+    assert [endpoint.ready_in(1, choices, 0.0) for choices in (2, 3)] == [0, inf]
+    await endpoint.client.__aexit__()
 
 
 def test_the_file_of_servers_has_weights_and_another_one_is_followed(run: RunDir, tmp_path: Path) -> None:
