@@ -27,7 +27,7 @@ from serve import server as server_module
 from serve.checks import check_memory, check_port, check_vllm, local_address
 from serve.command import Command
 from serve.machine import Machine
-from serve.server import free_port, serving
+from serve.server import free_port, is_ready, serving
 from serve.vllm_log import cause, last_line
 from tests.servers.serve_process import empty_model, processes_with, read_until, stand_in, start, wait_until
 
@@ -197,6 +197,23 @@ def test_a_server_that_listens_in_place_of_ours_while_ours_starts_is_not_ours(st
         ):
             pytest.fail("ours does not listen")
     assert processes() == []
+
+
+@pytest.mark.parametrize(("health", "name", "ready"), [(200, "m", True), (503, "m", False), (200, "other", False)])
+def test_a_server_is_ready_where_it_is_well_and_serves_the_model(health: int, name: str, ready: bool) -> None:
+    class Running(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(health if self.path == "/health" else 200)
+            self.end_headers()
+            self.wfile.write(b'{"data": [{"id": "m"}]}')
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Running) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert is_ready(f"http://127.0.0.1:{server.server_port}/v1", name) == ready
+        server.shutdown()
 
 
 @pytest.mark.parametrize("mode", ["silent", "other"])
