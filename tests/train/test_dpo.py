@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.errors import DataError, UsageError
@@ -17,6 +18,7 @@ from tests.tiny_student import kept_row, log_of, make_recipe, make_run, story_ro
 from train.preferences import read_pairs, start_of
 from train.rows import read_parts
 from train.run import train_run
+from train.trainer import load_start
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +90,13 @@ def test_an_adapter_is_merged_and_the_start_is_found_again(student: str, tmp_pat
     answers = recipe(student, method="lora", learning_rate=2e-2)
     pairs = recipe(student, method="dpo", dpo={"weights": "full"})
     train_run(answers, run)
+    taught = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32), run.student)
+    start, _ = load_start(run.student, torch.float32)
+    with torch.no_grad():
+        of_start, of_taught = (model.eval()(torch.arange(3, 40)[None]).logits for model in (start, taught))
+        torch.testing.assert_close(of_start, of_taught, rtol=1e-4, atol=1e-4)
+        with taught.disable_adapter():
+            assert not torch.allclose(taught(torch.arange(3, 40)[None]).logits, of_taught, atol=1e-2)
     write_pairs(run, 8)
     train_run(pairs, run)
     assert (run.student_sft / "adapter_config.json").exists() and (run.student / "model.safetensors").exists()
