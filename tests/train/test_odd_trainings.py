@@ -1,6 +1,7 @@
 """Trainings that are short, diverge, run out of memory, or follow one that must not be lost."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from pipeline.errors import DistillError, UsageError
 from pipeline.lineage import read_lineage
@@ -53,6 +55,19 @@ def test_the_warm_up_does_not_count_rows_that_are_left_out(student: str, tmp_pat
     config = make_recipe(student, epochs=2, warmup=0.5, max_length=200, too_long="drop").train
     trainer = prepare(student, examples, Setting(config, tmp_path, QUIET)).trainer
     assert (len(trainer.train_dataset), trainer.args.warmup_steps) == (8, 2)  # of 4: 2 epochs, 8 rows, 4 a step
+
+
+@pytest.mark.parametrize(("added", "faulty"), [([], 0), (["<pad>"], 9)])
+def test_a_padding_token_that_the_student_does_not_know_is_a_fault_of_every_row(
+    added: list[str], faulty: int, student: str, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(student, tmp_path / "student")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": added[0]} if added else {})  # the first id after the model's last
+    tokenizer.save_pretrained(folder)
+    examples = {"train": to_examples(story_rows(8)), "validation": to_examples(story_rows(1))}
+    faults = prepare(str(folder), examples, Setting(make_recipe(student).train, tmp_path, QUIET)).faults
+    assert faults is not None and len(faults.get("vocabulary", [])) == faulty
 
 
 def test_a_training_of_one_step_learns_something(student: str, tmp_path: Path) -> None:
