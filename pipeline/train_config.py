@@ -12,6 +12,7 @@ Warns = Literal[
     "context",
 ]  # fmt: skip
 Weights = Literal["lora", "qlora", "full"]
+SOFT = ("kd", "gold", "on_policy")  # methods that follow the teacher's distribution, not its text alone
 FURTHER = ("on_policy", "dpo")  # methods that start from a student that another method has trained
 
 
@@ -126,7 +127,7 @@ class TrainConfig(Section):
     @property
     def soft(self) -> bool:
         """Whether the student follows the teacher's distribution, not its text alone."""
-        return self.method in ("kd", "gold", "on_policy")
+        return self.method in SOFT
 
     @property
     def further(self) -> bool:

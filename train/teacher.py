@@ -13,7 +13,10 @@ import yaml
 
 from pipeline.adapters import count_parameters
 from pipeline.errors import RecipeError
+from pipeline.lineage import read_lineage
 from pipeline.models import explained, local_folder, resolve_model, tokenizer_from
+from pipeline.rundir import RunDir
+from pipeline.train_config import SOFT
 from train.student import load_tokenizer
 
 SMALL_FILES = ["*config.json", "chat_template*", "README.md", "vocab.json", "merges.txt", "tokenizer*", "*tokens*.json"]
@@ -94,6 +97,18 @@ def read_card(folder: Path | None) -> Card:
         tags=frozenset(str(tag).lower() for tag in tags) if isinstance(tags, list) else frozenset(),
         licence=licence if isinstance(licence, str) else None,
     )
+
+
+def earlier_teachers(origin: str | None) -> list[str]:
+    """The models that taught a student of ours before it is trained on, by the lineage in its folder; else none."""
+    folder = local_folder(origin) if origin else None
+    lineage = read_lineage(RunDir(folder)) if folder else {}
+    if "train" not in lineage:
+        return []
+    train, asked = lineage["train"], lineage.get("generate", {}).get("teacher", {})
+    answered = [asked["asked"], *asked.get("earlier", [])] if "asked" in asked else [train["teacher"]]
+    followed = [train["teacher"]] if train["method"] in SOFT else []
+    return list(dict.fromkeys([*answered, *followed, *train.get("earlier_teachers", [])]))
 
 
 def tokenizer_of(folder: Path | None) -> Any | None:

@@ -40,6 +40,7 @@ from train.publish.cards import dataset_card, languages, model_card, published, 
 from train.publish.export import export_dataset, export_gguf, export_model, main, push
 from train.rows import part_rows
 from train.run import train_run
+from train.teacher import earlier_teachers
 
 BASE = "embedded:smollm2-135m"
 TOKEN = "hf_secretsecretsecret"
@@ -139,6 +140,23 @@ def test_cards_name_every_teacher_of_the_answers_and_follow_the_strictest_terms(
         assert (card.data.to_dict()["license"], card.data.to_dict()["license_name"]) == ("other", "see-licence-chain")
         assert "Qwen/Qwen2.5-7B-Instruct and gpt-4.1" in card.text
         assert "| teacher | gpt-4.1 | [OpenAI" in card.text
+
+
+def test_a_student_of_another_run_names_the_teachers_of_that_one_too(
+    trained: tuple[Recipe, RunDir], tmp_path: Path
+) -> None:
+    first = export_model(*trained, merged=True)
+    run = make_run(tmp_path / "second", story_rows(6))
+    train_run(make_recipe(str(first)), run)
+    lineage = json.loads(run.lineage.read_bytes())
+    assert lineage["train"]["earlier_teachers"] == ["Qwen/Qwen2.5-7B-Instruct"]
+    card = (run.student / "README.md").read_text()
+    assert "A student that teacher taught" in card and "| earlier teacher | Qwen/Qwen2.5-7B-Instruct | [Apache" in card
+    assert earlier_teachers(str(run.student)) == ["teacher", "Qwen/Qwen2.5-7B-Instruct"]
+    known = json.loads(trained[1].lineage.read_bytes())
+    known["train"] |= {"initialised_from": "Qwen/Qwen2.5-0.5B-Instruct", "earlier_teachers": ["gpt-4.1"]}
+    bound = ModelCard(model_card(trained[0], known))
+    assert bound.data.to_dict()["license"] == "other" and "| earlier teacher | gpt-4.1 | [OpenAI" in bound.text
 
 
 def test_cards_name_the_teacher_that_answered_not_the_recipes(trained: tuple[Recipe, RunDir]) -> None:

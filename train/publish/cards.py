@@ -36,7 +36,7 @@ TEXT = {"dtype": "string"}  # as `datasets` writes a column's type into a card
 COLUMN_TYPES = {"prompt": {"list": "json"}, "completion": {"list": "json"}}
 # Keys of the lineage. Where a model answered, by what key, and how a program is started:
 NOT_PUBLIC = {"endpoints", "by_endpoint", "nodes", "base_url", "api_key_env", "command"}
-MODELS = {"student", "teacher", "initialised_from", "asked", "earlier", "served", "model"}
+MODELS = {"student", "teacher", "earlier_teachers", "initialised_from", "asked", "earlier", "served", "model"}
 FILES = {"test_rows", "start", "against", "contamination", "file", "files", "database", "schema"}
 FINDINGS = {"finding", "fix", "wanted"}  # words that may name a model or a file
 AS_THEY_ARE = {"schema", "rubric", "sampling"}  # mappings whose keys are the user's own
@@ -62,10 +62,15 @@ def model_card(
 
     recipe = with_system_of_rows(recipe, lineage["train"])
     origin, teachers = lineage["train"]["initialised_from"], _terms(recipe, taught_by(recipe, lineage))
+    earlier = {
+        name: terms_of(name, read_card(known_files(name)).licence)
+        for name in lineage["train"].get("earlier_teachers", [])
+        if name not in teachers
+    }
     lineage = without_places(lineage, recipe)
     train = lineage["train"]
     adapter = train["weights"] != "full" if adapter is None else adapter
-    chain, base = _chain(teachers, origin), published(origin) if origin else None
+    chain, base = _chain(teachers | earlier, origin), published(origin) if origin else None
     scores = _scores(lineage)
     tags = [*TAGS, *(["lora"] if adapter else []), *(["gguf"] if gguf else [])]
     metadata = ModelCardData(
@@ -86,8 +91,9 @@ def model_card(
         or None,
     )
     values = {"repo": repo, "train": train, "adapter": adapter, "gguf": gguf, "base": base}
-    example = {"messages": json.dumps(_example(recipe), ensure_ascii=False), "scores": scores}
-    return _card("model.md.j2", metadata, recipe, lineage, {"chain": chain, "teachers": teachers, **values, **example})
+    values |= {"messages": json.dumps(_example(recipe), ensure_ascii=False), "scores": scores}
+    licences = {"chain": chain, "teachers": teachers, "earlier": earlier}
+    return _card("model.md.j2", metadata, recipe, lineage, {**licences, **values})
 
 
 def _scores(lineage: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -140,7 +146,7 @@ def dataset_card(
         configs=[{"config_name": "default", "data_files": files}],
         dataset_info={"features": features} if features else None,
     )
-    values = {"chain": chain, "teachers": teachers, "repo": repo, "rows": rows, "base": None}
+    values = {"chain": chain, "teachers": teachers, "earlier": {}, "repo": repo, "rows": rows, "base": None}
     return _card("dataset.md.j2", metadata, recipe, without_places(lineage, recipe), values)
 
 
