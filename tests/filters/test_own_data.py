@@ -1,6 +1,7 @@
 """docs/your_own_data.md: its recipe is valid, and does what the page says."""
 
 import csv
+import json
 import re
 from pathlib import Path
 
@@ -8,10 +9,11 @@ import pytest
 import yaml
 
 from filters.run import filter_run
+from generate.prompts import iter_prompts
 from generate.run import generate
 from pipeline.instructions import asked_of_student
-from pipeline.recipe import load_recipe
-from pipeline.records import Dropped, Kept, read_jsonl
+from pipeline.recipe import Recipe, load_recipe
+from pipeline.records import Dropped, Kept, Message, read_jsonl
 from pipeline.rundir import RunDir
 from tests.servers.misbehaving_server import Asked, Behaviour, answer, misbehaving
 
@@ -45,3 +47,23 @@ def test_the_recipe_of_the_page_takes_a_csv_to_kept_rows(tmp_path: Path, monkeyp
     assert (kept.prompt_id, kept.reference, kept.columns) == ("1", "delivery", {"product": "lamp"})
     assert [message.content for message in asked_of_student(kept.messages, recipe.student)] == ["Where is my parcel?"]
     assert {row.prompt_id for row in read_jsonl(run.dropped, Dropped) if row.rule == "choice"} == {"2"}
+
+
+def test_the_function_of_the_page_makes_rows_of_other_shapes(tmp_path: Path) -> None:
+    found = re.search(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert found
+    (tmp_path / "rows.py").write_text(found[1], encoding="utf-8")
+    asked, told = {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}
+    given = [
+        {"instruction": "Translate.", "input": "Der Öltank", "output": "the oil tank"},
+        {"instruction": "Say a word.", "input": "", "output": "Word"},
+        {"conversations": [{"from": "system", "value": "Be kind."}, asked, told, {**asked, "value": "Bye"}, told]},
+    ]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, given)))
+    recipe = Recipe(name="x", teacher={"model": "m"}, prompts={"file": tmp_path / "rows.py"})
+    alpaca, alone, shared = iter_prompts(recipe)
+    assert (alpaca.messages, alpaca.reference) == ([Message("user", "Translate.\n\nDer Öltank")], "the oil tank")
+    assert alone.messages == [Message("user", "Say a word.")]
+    assert [(turn.role, turn.content) for turn in shared.messages] == [
+        ("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Bye")
+    ]  # fmt: skip
