@@ -38,6 +38,8 @@ def talk(model: Model, begin: Sequence[Message]) -> None:
     if model.state == "failed":
         raise DistillError(model.said)
     console.print(f"{model.label}, {model.told}. {CLEAR} begins anew, Ctrl-C stops an answer, Ctrl-D ends.")
+    for turn in model.asked(begin):
+        console.print(f"{turn.role}: {CONTROL.sub('', turn.content)}", style="dim")
     conversation = list(begin)
     while True:
         try:

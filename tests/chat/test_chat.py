@@ -376,6 +376,19 @@ def test_a_conversation_in_the_terminal(
     assert asked == [["hi"], [*first, "how?"], [*first, "and?"], ["last"]]  # what was not answered is not repeated
 
 
+def test_the_terminal_shows_the_system_message_that_all_rows_of_the_training_brought(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDir(tmp_path / "run")
+    run.student.mkdir(parents=True)
+    (run.student / "lineage.json").write_text('{"train": {"system_of_rows": "Be Kim."}}')
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
+    with misbehaving(lambda asked: streaming("Hello.")) as server:
+        main([recipe_file(tmp_path, server.url), "--run", str(run.path), "--terminal", "--only", "teacher"])
+        assert [turn["content"] for turn in server.asked[0].body["messages"]] == ["Be Kim.", "hi"]
+    assert "system: Be Kim.\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
 def test_bytes_that_are_no_text_do_not_end_a_talk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, errors: str) -> None:
     typed = io.BytesIO("hi\n안".encode()[:-1] + b"\nlast\n")
