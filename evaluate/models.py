@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from pipeline.adapters import base_of, digest_files, measure_weights, stamp_files, whole_model
+from pipeline.adapters import base_of, digest_files, measure_weights, stamp_files, tokenizer_place, whole_model
 from pipeline.address import is_loopback
 from pipeline.errors import DistillError
 from pipeline.instructions import asked_of_student, told_to_teacher
@@ -199,7 +199,7 @@ def load(subject: Subject, *, dtype: str, device: str) -> tuple[Any, Any]:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, subject.adapter)
-        tokenizer = tokenizer_from(subject.adapter or subject.folder)
+        tokenizer = tokenizer_from(tokenizer_place(subject.folder, subject.adapter))
         return model.to(device).eval(), tokenizer
 
 

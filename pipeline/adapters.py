@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from pipeline.errors import UsageError
-from pipeline.models import ADAPTER, explained
+from pipeline.models import ADAPTER, explained, tokenizer_from
 from pipeline.records import read_json
 from pipeline.rundir import RunDir, replacing_folder, waiting_lock
 
@@ -49,8 +49,14 @@ def load_merged(base: str | Path, adapter: Path | None) -> tuple[Any, Any]:
     return model, dtype
 
 
+def tokenizer_place(base: str | Path, adapter: Path | None) -> str | Path:
+    """Where a model's tokenizer is: beside its adapter, or beside the base if PEFT alone saved the adapter."""
+    files = ("tokenizer_config.json", "tokenizer.json")
+    return adapter if adapter and any((adapter / name).is_file() for name in files) else base
+
+
 def merge_adapter(base: str | Path, adapter: Path, target: Path) -> None:
-    """Saves the base with the adapter added, in the base's dtype, with the adapter's tokenizer."""
+    """Saves the base with the adapter added, in the base's dtype, with the tokenizer of `tokenizer_place`."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -58,7 +64,7 @@ def merge_adapter(base: str | Path, adapter: Path, target: Path) -> None:
     model, dtype = load_merged(base, adapter)
     model.to(dtype).save_pretrained(target)
     copy_processor(model, target)
-    transformers.AutoTokenizer.from_pretrained(adapter).save_pretrained(target)
+    tokenizer_from(tokenizer_place(base, adapter)).save_pretrained(target)
 
 
 def copy_processor(model: Any, folder: Path) -> None:

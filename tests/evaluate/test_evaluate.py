@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import evaluate.measure.perplexity
 from evaluate.__main__ import main
@@ -26,7 +27,7 @@ from pipeline.recipe import Recipe
 from pipeline.records import encode_line
 from pipeline.rundir import RunDir
 from pipeline.students import AFTER, BEFORE, TEACHER
-from tests.tiny_student import make_recipe, story_rows, tiny_model
+from tests.tiny_student import CHATML, make_recipe, story_rows, tiny_model
 
 ROWS = 6
 PATH = Path("recipe.yaml")  # where functions of a recipe's rules would be looked for
@@ -499,6 +500,20 @@ def test_an_adapter_is_laid_over_its_base_and_merged_for_the_engine(
     engine_folder(after, run)
     assert (merged / "model.safetensors").stat().st_mtime_ns != stamp
     assert not list(merged.parent.glob("*.tmp"))
+
+
+def test_an_adapter_that_peft_alone_saved_has_the_tokenizer_of_its_base(
+    run: RunDir, recipe: Recipe, tmp_path: Path
+) -> None:
+    make_adapter(tmp_path / "base", other := tmp_path / "other", seed=1)
+    for file in (*other.glob("tokenizer*"), *other.glob("chat_template*")):
+        file.unlink()
+    evaluated = recipe.evaluate.model_copy(update={"models": [str(other)]})
+    subject = subjects(recipe.model_copy(update={"evaluate": evaluated}), run)[-1]
+    assert subject.adapter == other
+    merged = AutoTokenizer.from_pretrained(engine_folder(subject, run))
+    known = load(subject, dtype="float32", device="cpu")[1]
+    assert known.chat_template == merged.chat_template == CHATML and known.get_vocab() == merged.get_vocab()
 
 
 def test_the_command_prints_the_table(
