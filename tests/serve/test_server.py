@@ -132,6 +132,16 @@ def test_the_served_name_is_the_reference_unless_given(stub, model):
     assert not log.exists()
 
 
+def test_the_log_of_a_server_that_ended_by_itself_stays(stub, model):
+    stub("ok")
+    with serving(model, port=free_port(), config=SETTINGS) as server:
+        for process in psutil.Process(server._guard.pid).children():
+            process.kill()
+        wait_until(lambda: server.wait(0) is not None)
+    assert "stub engine started" in server.log.read_text()
+    server.log.unlink()
+
+
 def test_an_error_in_the_block_passes_through_and_leaves_nothing(stub, model):
     processes = stub("ok")
     with pytest.raises(ZeroDivisionError), serving(model, port=free_port(), config=SETTINGS):
@@ -460,6 +470,18 @@ def test_a_child_that_asks_a_server_finds_it_again_after_it_was_killed(stub, mod
         assert run_child(asking, meanwhile=lambda: server.keep_up(said.append)) == 7
         assert server.wait(0) is None
     assert len(said) == 1 and "it was killed; out of memory?" in said[0] and said[0].endswith("again (1 of 3)")
+
+
+def test_what_a_guard_that_was_killed_has_left_is_ended_before_it_starts_again(stub, model, tmp_path):
+    """Else it would hold the port, and the memory of the GPU."""
+    processes = stub("ok")
+    with serving(model, port=free_port(), config=SETTINGS, log=tmp_path / "log") as server:
+        left = set(processes())
+        server._guard.kill()
+        wait_until(lambda: server.wait(0) is not None)
+        assert server.keep_up(lambda said: None)
+        wait_until(lambda: not left & set(processes()))
+    wait_until(lambda: processes() == [])
 
 
 def test_errors_are_one_line_and_exit_2(stub, model, tmp_path):
