@@ -36,7 +36,6 @@ class TokenBucket:
         self.per_minute = per_minute
         self._rate = per_minute / (WINDOW_S + BURST_S)
         self._size = max(self._rate * BURST_S, 1.0)
-        self._level = min(self._level, self._size)
 
     def delay(self, units: float, now: float) -> float:
         """Seconds until `units` may be taken; 0 for now."""
@@ -46,7 +45,7 @@ class TokenBucket:
     def take(self, units: float, now: float) -> None:
         """Takes, whether or not there is enough; a negative number gives back."""
         self._refill(now)
-        self._level = min(self._level - units, self._size)
+        self._level -= units
 
     def binds(self, now: float) -> bool:
         """Whether as much has been taken as the rate allows: less than half of what may go at once is left."""
@@ -54,6 +53,7 @@ class TokenBucket:
         return self._level < max(self._size / 2, 1.0)
 
     def _refill(self, now: float) -> None:
+        """Every call begins with it, so that it alone keeps the level within what may go at once."""
         self._level = min(self._level + (now - self._at) * self._rate, self._size)
         self._at = now
 
