@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import transformers
+from gguf import GGUFReader
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from tests.tiny_student import SHAPE, make_recipe, saved, tiny_tokenizer
-from train.publish.to_gguf import write_gguf
+from train.publish.to_gguf import _text, write_gguf
 
 TEXTS = ("Toby says hello.", "Dudu eats 12  honeys,\nMimi sleeps all day.", "옛날 옛적에 user model")
 TURNS = "{% for m in messages %}{{ '<user>' + m['content'] + '<end>' }}{% endfor %}"
@@ -97,3 +98,14 @@ def test_a_token_that_the_model_has_no_place_for_is_not_missed(tmp_path: Path) -
     tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
     tokenizer.save_pretrained(folder)
     assert (tmp_path / write_gguf(make_recipe("x"), folder, tmp_path, name="x", kind="f16")).is_file()
+
+
+def test_of_several_chat_templates_the_file_has_the_usual_one(tmp_path: Path) -> None:
+    """As Hermes and Command R, which have another one for tools."""
+    tokenizer = with_bytes()
+    folder = saved(transformers.Phi3Config(**SHAPE | {"vocab_size": len(tokenizer)}), tmp_path / "student")
+    tokenizer.save_pretrained(folder)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    file = tmp_path / write_gguf(make_recipe("x"), folder, tmp_path, name="x", kind="f16")
+    assert _text(GGUFReader(file), "tokenizer.chat_template") == tokenizer.chat_template

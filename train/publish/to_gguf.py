@@ -97,7 +97,7 @@ def _check(file: Path, folder: Path, tokenizer: Any) -> None:
     }
     size, known = measure_weights(folder), without_weights(folder).config.get_text_config().vocab_size
     wanted = {"parameters": size and size.parameters, "tokens": sum(id_ < known for id_ in vocabulary.values())}
-    wanted["chat template"] = tokenizer.chat_template
+    wanted["chat template"] = tokenizer.get_chat_template()  # of several, the one that is not for tools
     for what, value in wanted.items():
         if found[what] != value:
             raise DistillError(f"{file}: read back, it has other {what} than {folder}: {found[what]}, not {value}")
