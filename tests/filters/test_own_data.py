@@ -13,11 +13,19 @@ from generate.prompts import iter_prompts
 from generate.run import generate
 from pipeline.instructions import asked_of_student
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.records import Dropped, Kept, Message, read_jsonl
+from pipeline.records import Completion, Dropped, Kept, Message, read_jsonl
 from pipeline.rundir import RunDir
 from tests.servers.misbehaving_server import Asked, Behaviour, answer, misbehaving
 
 PAGE = Path(__file__).parents[2] / "docs" / "your_own_data.md"
+
+
+def program_of_page(words: str) -> str:
+    """The program of the page that has these words."""
+    programs = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    (found,) = (program for program in programs if words in program)
+    assert isinstance(found, str)
+    return found
 
 
 def test_the_recipe_of_the_page_takes_a_csv_to_kept_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,9 +58,7 @@ def test_the_recipe_of_the_page_takes_a_csv_to_kept_rows(tmp_path: Path, monkeyp
 
 
 def test_the_function_of_the_page_makes_rows_of_other_shapes(tmp_path: Path) -> None:
-    found = re.search(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert found
-    (tmp_path / "rows.py").write_text(found[1], encoding="utf-8")
+    (tmp_path / "rows.py").write_text(program_of_page("def rows"), encoding="utf-8")
     asked, told = {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}
     given = [
         {"instruction": "Translate.", "input": "Der Öltank", "output": "the oil tank"},
@@ -67,3 +73,22 @@ def test_the_function_of_the_page_makes_rows_of_other_shapes(tmp_path: Path) -> 
     assert [(turn.role, turn.content) for turn in shared.messages] == [
         ("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Bye")
     ]  # fmt: skip
+
+
+def test_the_program_of_the_page_takes_in_answers_that_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The URL answers nobody: nothing is asked."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"text": "Where is it?", "output": "delivery"}, {"text": "I paid twice.", "output": "어떤 청구서인가요?"}]
+    Path("tickets.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prompts = {"file": tmp_path / "tickets.jsonl", "columns": {"prompt": "text"}}
+    recipe = Recipe(
+        name="my_tickets", teacher={"model": "gpt-4.1", "base_url": "http://127.0.0.1:9/v1"}, prompts=prompts
+    )
+    run = RunDir(Path("runs/my_tickets"))
+    generate(recipe, run, quiet=True, write_batches=True)
+    exec(compile(program_of_page("answers = {"), "answers.py", "exec"), {})
+    generate(recipe, run, quiet=True, collect=run.path / "answers.jsonl")
+    found = {row.messages[-1].content: row.text for row in read_jsonl(run.completions, Completion)}
+    assert found == {row["text"]: row["output"] for row in rows}
