@@ -60,7 +60,7 @@ def trainer_of(student: str, teacher: str, folder: Path, template: dict[str, Any
 def test_with_one_tokenizer_the_loss_is_as_by_hand(tmp_path: Path) -> None:
     """Jensen-Shannon of the two distributions where each token of the answer, EOS included, is predicted; its mean."""
     folders = [str(tiny_model(tmp_path / name, layers=layers)) for name, layers in (("student", 2), ("teacher", 4))]
-    trainer = trainer_of(*folders, tmp_path / "t", alpha=0.7)
+    trainer = trainer_of(*folders, tmp_path / "t", alpha=0.7, temperature=2.0)
     row = trainer.train_dataset[0]
     batch = trainer.data_collator([row])
     with torch.no_grad():
@@ -72,21 +72,28 @@ def test_with_one_tokenizer_the_loss_is_as_by_hand(tmp_path: Path) -> None:
     told = tokenizer(row["original_prompt_text"], return_tensors="pt")["input_ids"][0]
     with torch.no_grad():
         q, p = (
-            model(input_ids=torch.cat([prompt, answer])[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            model(input_ids=torch.cat([prompt, answer])[None]).logits[0, len(prompt) - 1 : -1]
             for model, prompt in ((student, batch["prompts"][0]), (teacher, told))
         )
+    hard = -q.log_softmax(-1).gather(1, answer[:, None]).mean().item()
+    p, q = ((logits / 2).log_softmax(-1) for logits in (p, q))
     m = (0.5 * p.exp() + 0.5 * q.exp()).log()
     divergence = sum(0.5 * (log.exp() * (log - m)).sum(-1).mean().item() for log in (p, q))
-    hard = -q.gather(1, answer[:, None]).mean().item()
     exact = trainer.teacher_model.dtype == torch.float32
     assert loss == pytest.approx(0.7 * divergence + 0.3 * hard, rel=1e-3 if exact else 2e-2)
 
 
 def test_the_teacher_reads_its_own_prompt(student: str, tmp_path: Path) -> None:
     teacher = other_model(tmp_path / "teacher")
-    trainer = trainer_of(student, teacher, tmp_path / "t")
+    trainer = trainer_of(student, teacher, tmp_path / "t", temperature=2.0)
     texts = set(trainer.train_dataset["original_prompt_text"])
     assert "[system\nBe brief.</s>\n[user\nStory 2?</s>\n[assistant\n" in texts
+    with torch.no_grad():
+        trainer.compute_loss(trainer.model, trainer.data_collator([trainer.train_dataset[0]]))
+    found = trainer.uld_loss_fn  # tokens of one spelling are compared one by one, the rest by rank
+    assert found.last_matched_loss > 0 and found.last_unmatched_loss > 0
+    assert (found.token_merge_strategy, found.skip_student_eos, found.skip_teacher_eos) == ("bayesian", False, False)
+    assert (found.student_temperature, found.teacher_temperature) == (2.0, 2.0)
 
 
 def test_an_empty_thought_that_the_answer_begins_with_too_is_read_once(tmp_path: Path) -> None:
