@@ -436,6 +436,8 @@ def test_the_data_set_is_split_as_training_split_it(trained: tuple[Recipe, RunDi
     for used in (run.validation, run.test):
         assert ids(folder / "data" / used.name) == ids(used)
     assert len(ids(folder / "data/train.jsonl")) == json.loads(run.lineage.read_bytes())["train"]["rows"]
+    told = json.loads((folder / "lineage.json").read_bytes())
+    assert {"generate", "filters"} < {*told} and "train" not in told  # how the rows were made, of no student
 
 
 def test_a_data_set_that_is_split_otherwise_than_the_student_was_trained_is_refused(
