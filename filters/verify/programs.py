@@ -161,12 +161,12 @@ def _sandbox(settings: PythonSettings, folder: str) -> Iterator["Sandbox"]:
     try:
         yield box
     except BaseException:
-        box.close()
+        box.kill()
         raise
     if settings.command is None:
         waiting.append(box)
     else:
-        box.close()
+        box.end()
 
 
 class Sandbox:
@@ -208,10 +208,17 @@ class Sandbox:
                 raise Unverified(f"the sandbox did not start: {said.decode(errors='replace').strip()[-300:]}")
         raise Unverified(f"the sandbox did not end in {seconds:g} s")
 
-    def close(self) -> None:
-        with suppress(ProcessLookupError):
+    def end(self) -> None:
+        """Waits until what started it has ended, too: it may have a container to remove."""
+        try:
+            self.process.communicate(timeout=_GRACE_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError, PermissionError):  # it has ended; or sudo started it
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.communicate()
+            self.process.communicate()
 
 
 _waiting: dict[tuple[int, bool], list[Sandbox]] = defaultdict(list)  # by process and `site_packages`

@@ -225,7 +225,7 @@ def test_nothing_stays(settings: RuleSettings, tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == []
     running = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if os.access(path, os.R_OK)]
     assert sum(TAG.encode() in command for command in running) == 1  # the sandbox that waits for the next one
-    waiting[os.getpid(), False].pop().close()
+    waiting[os.getpid(), False].pop().kill()
 
 
 @pytest.mark.parametrize("killed", ["the sandbox", "its fork"])
@@ -275,6 +275,22 @@ def test_what_starts_it_may_be_a_container(capfd: pytest.CaptureFixture[str]) ->
     for command, problem in (["no-such-docker", "run"], "No such file"), (["echo", "refused:"], "refused:"):
         with pytest.raises(ValidationError, match=problem):
             settings_of("python", command=command)
+
+
+def test_what_starts_a_container_ends_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have to remove the container; and sudo cannot be killed."""
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr("os.killpg", refuse)
+    removes = ["sh", "-c", f'"$@"; echo removed >> {tmp_path}/removed', "sh", sys.executable]
+    settings = settings_of("python", command=removes, seconds=60)
+    assert said(ADD, settings, "assert add(1, 2) == 3") == "passes"
+    assert (tmp_path / "removed").read_text() == "removed\n" * 2  # the settings try it
+    monkeypatch.setattr(programs, "_GRACE_S", 0.1)
+    silent = programs.PythonSettings.model_construct(command=["sh", "-c", "cat > /dev/null"], seconds=0.1)
+    assert said(ADD, silent) == "unverified python: the sandbox did not end in 0.2 s"
 
 
 def test_a_layer_that_is_refused_is_said_once(
