@@ -15,6 +15,7 @@ import signal
 import sys
 import types
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -142,6 +143,8 @@ def _run_one(asked: dict[str, Any], reply: int) -> None:
         os._exit(0)
     os.close(reply)
     in_time = signal.sigtimedwait({signal.SIGCHLD}, asked["limits"]["seconds"])
+    with suppress(ProcessLookupError):  # it had no time to make its group
+        os.killpg(child, signal.SIGKILL)  # without a PID namespace, what it left would keep `reply` open
     os.kill(child, signal.SIGKILL)  # the first of a PID namespace: the kernel kills all that are left in it
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     os._exit(TIMED_OUT if not in_time else status if status >= 0 else KILLED - status)

@@ -277,6 +277,13 @@ def test_what_starts_it_may_be_a_container(capfd: pytest.CaptureFixture[str]) ->
             settings_of("python", command=command)
 
 
+def test_a_process_that_a_program_leaves_in_a_container_ends_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = settings_of("python", command=["nice", sys.executable], seconds=5)
+    monkeypatch.setattr(programs, "_GRACE_S", 5)
+    left = "import os, time\nif os.fork() == 0:\n    time.sleep(20)\n    os._exit(0)"
+    assert said(left, elsewhere) == "passes"
+
+
 def test_what_starts_a_container_ends_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may have to remove the container; and sudo cannot be killed."""
 
