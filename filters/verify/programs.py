@@ -137,8 +137,6 @@ def run_program(program: str, tests: list[str], settings: PythonSettings) -> dic
     except ValueError:
         reply = {}
     if not isinstance(reply, dict) or reply.get("nonce") != nonce:
-        if status < 0:
-            raise Unverified("the sandbox was killed")
         if status in (sandbox.TIMED_OUT, sandbox.KILLED + signal.SIGXCPU):
             return {"what": "time", "error": f"{settings.seconds:g} s"}
         return {"what": "ended", "error": f"exit status {status}"}
@@ -201,6 +199,8 @@ class Sandbox:
             _, ended, reply = said.partition(sandbox.ENDED)
             if ended and reply.endswith(b"\n"):
                 status, heard = json.loads(reply)
+                if status < 0:
+                    raise Unverified("the sandbox was killed")
                 return status, heard
             if not piece:
                 if self.process.wait() < 0:

@@ -77,14 +77,17 @@ def limit(name: str, most: int) -> None:
 def main() -> None:
     """Runs what each line asks for, one after the other: a fork of this process starts sooner than a new Python.
 
-    Answers with ENDED, the fork's exit status and what it said.
+    Answers with ENDED, the fork's exit status and what it said. The fork reads the line: this process never has a
+    program in its memory, where a later one could find it. Ends if a fork is killed: it may not have read all.
     """
-    for line in sys.stdin.buffer:
+    requests, status = select.poll(), 0
+    requests.register(0, select.POLLIN)
+    while status >= 0 and requests.poll()[0][1] & select.POLLIN:
         heard, reply = os.pipe()
         if (fork := os.fork()) == 0:
             try:
                 os.close(heard)
-                _run_one(json.loads(line), reply)
+                _run_one(json.loads(sys.stdin.buffer.readline()), reply)
             finally:
                 os.kill(os.getpid(), signal.SIGKILL)  # what failed is not the program
         os.close(reply)

@@ -256,6 +256,16 @@ def test_programs_share_a_sandbox_and_nothing_else(settings: RuleSettings) -> No
     assert len(programs._waiting[os.getpid(), False]) == 1
 
 
+def test_a_program_is_not_in_the_memory_that_the_next_one_has(settings: RuleSettings) -> None:
+    assert said("secret = 'of the first answer'", settings, "assert secret == 'of the first answer'") == "passes"
+    (box,) = programs._waiting[os.getpid(), False]
+    regions = re.findall(r"^(\w+)-(\w+) rw", Path(f"/proc/{box.process.pid}/maps").read_text(), re.MULTILINE)
+    with Path(f"/proc/{box.process.pid}/mem").open("rb") as memory:
+        for start, end in regions:
+            memory.seek(int(start, 16))
+            assert b"of the first answer" not in memory.read(int(end, 16) - int(start, 16))
+
+
 def test_a_program_ends_with_the_filters() -> None:
     code = (
         "from filters.verify import programs\n"
