@@ -129,7 +129,7 @@ def run_program(program: str, tests: list[str], settings: PythonSettings) -> dic
     }
     asked = {"program": program, "tests": tests, "limits": limits, "nonce": nonce, "isolate": isolate}
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:
-        asked |= {"site_packages": settings.site_packages, "folder": folder if isolate else None}
+        asked |= {"site_packages": settings.site_packages, "folder": str(Path(folder).absolute()) if isolate else None}
         with _sandbox(settings, folder) as box:
             status, said = box.run(json.dumps(asked), settings.seconds + _GRACE_S)
     try:

@@ -249,6 +249,14 @@ def test_a_sandbox_that_died_while_it_waited_costs_no_answer(settings: RuleSetti
     assert said(ADD, settings, "assert add(1, 2) == 3") == "passes"
 
 
+def test_temporary_folders_may_be_in_the_working_folder(
+    settings: RuleSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", ".")
+    assert said(ADD, settings, "assert add(1, 2) == 3") == "passes"
+
+
 def test_programs_share_a_sandbox_and_nothing_else(settings: RuleSettings) -> None:
     meddles = "import ast, json, sys\njson.loads = ast.parse = None\nsys.left = 1\nopen('left', 'w')\n" + ADD
     assert said(meddles, settings, "assert add(1, 2) == 3") == "passes"
