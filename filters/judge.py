@@ -20,12 +20,13 @@ import msgspec
 
 from filters.judgements import SCORES, Judgement, undiscerning
 from filters.verify.extract import plain
-from generate.budget import shared_budget
+from generate.budget import known_price, shared_budget
+from generate.client import check_teacher
 from generate.journal import Journal
 from generate.prompts import prompt_id
 from generate.run import generate
 from generate.verdict import FINAL
-from pipeline.errors import DistillError
+from pipeline.errors import DistillError, RecipeError
 from pipeline.filters_config import JudgeConfig
 from pipeline.instructions import conversation_text
 from pipeline.progress import reporting
@@ -90,6 +91,16 @@ class Judge:
         asked = [self.endpoint.model, self.endpoint.url, config.max_tokens, config.seed, config.schema_]
         what = [1, QUESTION, rubric, *asked]  # 1: the way in which `question` fills it in
         return blake2b(json.dumps(what, ensure_ascii=False).encode(), digest_size=4).hexdigest()
+
+    def check(self) -> None:
+        """Raises RecipeError if its URL is wrong, or its budget needs a price that is not known. Asks nothing."""
+        folder = self.folders[0]
+        asking = self._asking(folder / "questions.jsonl", 1, {}, RunDir(folder))
+        check_teacher(asking.teacher)
+        try:
+            known_price(asking)
+        except RecipeError as error:
+            raise RecipeError(self.in_users_keys(str(error))) from None
 
     def ask(
         self,

@@ -224,6 +224,18 @@ def test_what_cannot_be_trained_is_told_before_anything_is_asked(
             "serve.args: vLLM refuses requests with tools, which the prompts have, without --enable-auto-tool-choice",
         ),
         (["--evaluate.lm_eval", "[ifeval]"], "there is no `lm_eval_that_is_not_there` command"),
+        (
+            ["--filters.judge.model", "paid", "--filters.judge.budget.usd", "1"],
+            r"^filters\.judge\.budget\.usd is 1, but the price of paid is not known: set filters\.judge\.price: ",
+        ),
+        (
+            ["--evaluate.judge.model", "paid", "--evaluate.judge.budget.usd", "1"],
+            r"^evaluate\.judge\.budget\.usd is 1, but the price of paid is not known: set evaluate\.judge\.price: ",
+        ),
+        (
+            ["--evaluate.judge.base_url", "http://127.0.0.1:1/v1/chat/completions"],
+            r"^evaluate\.judge\.base_url .* is too long",
+        ),
         (["--filters.dedup.against", "[none]"], r"filters\.dedup\.against\[0\]: none/kept\.jsonl: no such file"),
     ],
 )
