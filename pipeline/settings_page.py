@@ -37,8 +37,8 @@ Every key of a recipe. `python -m <stage> --help` shows the same. A key can also
 (`--sampling.temperature 0.7`) or as an environment variable (`DISTILL_SAMPLING__TEMPERATURE=0.7`). Flags override
 variables, and variables override the file. In a variable a list or mapping is JSON. A mapping that is no section
 (`sampling.extra`, `prompts.slots`, …) is one value: the one given replaces the whole of it, and `{{}}` empties it.
-Runs and model folders are relative to the working directory, as `--run` is. Files are relative to the recipe: those
-that a rule names (`file`, `database`, `schema`), and
+Runs, model folders and what `filters.dedup` names are relative to the working directory, as `--run` is. Other files are
+relative to the recipe: those that a rule names (`file`, `database`, `schema`), and
 {files}.
 Given as a flag or a variable, a file is relative to the working directory, too.
 
