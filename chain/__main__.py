@@ -14,11 +14,10 @@ from chain.last_words import last_words
 from chain.stages import REQUESTS_FAILED, judges, stage, teacher, teaches
 from evaluate.figures.accuracy import verify_rules
 from evaluate.measure.lm_eval import find_command
-from evaluate.measure.pairwise import find_judge
+from evaluate.measure.pairwise import check_judges
 from evaluate.measure.probes import check_category, read_probes
 from evaluate.models import check_models, never_asked, weights_elsewhere
 from filters.duplicates import dedup_sources
-from filters.judge import Judge
 from filters.run import recipe_rules
 from generate.prompts import iter_prompts
 from generate.run import check_stored, pending
@@ -44,9 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         raise RecipeError(f"{options.recipe}: student is missing; the chain needs a model to train")
     recipe_rules(recipe, options.recipe)  # a wrong setting is told before the answers are paid for
     verify_rules(recipe, options.recipe)
-    for judge in (Judge.of_filters(recipe, run) if recipe.filters.judge else None, find_judge(recipe, run)):
-        if judge:
-            judge.check()
+    check_judges(recipe, run)
     if recipe.evaluate.lm_eval:
         find_command()
     asks = pending(recipe, run) > 0

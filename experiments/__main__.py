@@ -14,6 +14,7 @@ from rich.markdown import Markdown
 
 from evaluate.figures.accuracy import verify_rules
 from evaluate.measure.lm_eval import find_command
+from evaluate.measure.pairwise import check_judges
 from evaluate.measure.probes import choose_probes, choose_questions, read_probes
 from evaluate.measure.results import ASKED_TEACHER, COMPARED, FOLDER, SCORED
 from evaluate.measure.serving import speed_prompts
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     for option, wanted in experiment.needs.items():
         if getattr(options, option) is None:
             raise UsageError(f"{options.kind} needs {wanted}")
-    check_settings(recipe, options.recipe, served=not options.no_speed)
+    check_settings(recipe, run, options.recipe, served=not options.no_speed)
     folder = run.path / "experiments" / options.kind
     no_speed = ["--no-speed"] if options.no_speed else []
     setup = Setup(recipe, options.recipe, options.flags, run, folder, options, options.recipe.read_bytes())
@@ -77,10 +78,11 @@ def main(argv: list[str] | None = None) -> None:
         raise RequestsFailed("some requests of the evaluations failed for good; the same command makes them again")
 
 
-def check_settings(recipe: Recipe, path: Path, *, served: bool) -> None:
+def check_settings(recipe: Recipe, run: RunDir, path: Path, *, served: bool) -> None:
     """Raises what the filters and the evaluations would raise of the recipe, before anything is paid for."""
     recipe_rules(recipe, path)
     verify_rules(recipe, path)
+    check_judges(recipe, run)
     check_models(recipe)
     if recipe.evaluate.probes_file:
         read_probes(recipe)

@@ -66,6 +66,14 @@ def find_judge(recipe: Recipe, run: RunDir) -> Judge | None:
     )
 
 
+def check_judges(recipe: Recipe, run: RunDir) -> None:
+    """Raises RecipeError if the judge of the filters or of the evaluation could not be asked. Asks nothing."""
+    if recipe.filters.judge:
+        Judge.of_filters(recipe, run).check()
+    if judge := find_judge(recipe, run):
+        judge.check()
+
+
 def _scored(run: RunDir) -> RunDir:
     """Where each answer by itself is judged."""
     return RunDir(run.path / FOLDER / SCORED)

@@ -453,6 +453,7 @@ def test_what_no_arm_could_do_is_said_before_anything_is_paid(recipe: Path, stag
         ("teachers", ["--evaluate.judge", '{"model": "j"}', *OTHER, *AT_B], "by j at .* by j at http://b/v1; set"),
         ("seeds", ["--evaluate.models", f'["{tmp_path}/none"]'], "none: the folder is not there"),
         ("seeds", ["--evaluate.verify", '[{"rule": "sql"}]'], r"evaluate\.verify\[0\]"),
+        ("seeds", ["--evaluate.judge.model", "paid", "--evaluate.judge.budget.usd", "1"], "price of paid is not known"),
         ("seeds", ["--evaluate.probes_file", str(tmp_path / "none.jsonl")], r"evaluate\.probes_file"),
     ):
         with pytest.raises((RecipeError, UsageError), match=message):
