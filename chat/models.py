@@ -65,8 +65,10 @@ class Model:
     @property
     def told(self) -> str:
         """How it is asked, in words."""
-        own = "its own system prompt" if self.recipe.student and self.recipe.student.system else ""
-        told = told_in_words(self.recipe.teacher) if self.key == TEACHER else own
+        system = self.recipe.student.system if self.recipe.student and self.key != TEACHER else None
+        if system == "":
+            return "told no system prompt"
+        told = told_in_words(self.recipe.teacher) if self.key == TEACHER else "its own system prompt" if system else ""
         return f"told {told}" if told else "told nothing more than the prompt"
 
     def at(self, base_url: str) -> None:

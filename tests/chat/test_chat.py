@@ -74,7 +74,8 @@ def test_each_is_asked_as_it_must_be_asked() -> None:
 def test_what_each_is_told_is_said_and_a_prompt_may_bring_a_system_message() -> None:
     prompts = {"template": "Hi", "count": 1, "system": "You are kind."}
     sections: dict[str, Any] = {"name": "x", "teacher": {"model": "t"}, "prompts": prompts}
-    for student, told in ((None, "nothing more than the prompt"), ("Be brief.", "its own system prompt")):
+    ways = ((None, "nothing more than the prompt"), ("", "no system prompt"), ("Be brief.", "its own system prompt"))
+    for student, told in ways:
         recipe = Recipe.model_validate({**sections, "student": {"model": "s", "system": student}})
         assert Model(AFTER, "student", recipe).told == f"told {told}"
         assert Model(TEACHER, "teacher", recipe).told == "told nothing more than the prompt"
