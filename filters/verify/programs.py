@@ -196,11 +196,12 @@ class Sandbox:
             self.process.stdin.flush()
         while wait([output], deadline - time.monotonic()):
             said += (piece := os.read(output, sandbox.REPLY))
-            _, ended, reply = said.partition(sandbox.ENDED)
+            before, ended, reply = said.partition(sandbox.ENDED)
             if ended and reply.endswith(b"\n"):
                 status, heard = json.loads(reply)
                 if status < 0:
-                    raise Unverified("the sandbox was killed")
+                    words = before.decode(errors="replace").strip()[-300:]
+                    raise Unverified(f"the sandbox did not start: {words}" if words else "the sandbox was killed")
                 return status, heard
             if not piece:
                 if self.process.wait() < 0:

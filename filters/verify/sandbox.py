@@ -87,7 +87,9 @@ def main() -> None:
         if (fork := os.fork()) == 0:
             try:
                 os.close(heard)
-                _run_one(json.loads(sys.stdin.buffer.readline()), reply)
+                if not (line := sys.stdin.buffer.readline()):
+                    print("it gets no standard input (docker and podman need -i)", flush=True)
+                _run_one(json.loads(line), reply)
             finally:
                 os.kill(os.getpid(), signal.SIGKILL)  # what failed is not the program
         os.close(reply)

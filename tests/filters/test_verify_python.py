@@ -261,7 +261,8 @@ def test_programs_share_a_sandbox_and_nothing_else(settings: RuleSettings) -> No
     meddles = "import ast, json, sys\njson.loads = ast.parse = None\nsys.left = 1\nopen('left', 'w')\n" + ADD
     assert said(meddles, settings, "assert add(1, 2) == 3") == "passes"
     assert said("import os, sys; raise Exception(os.listdir(), hasattr(sys, 'left'))", settings).endswith("([], False)")
-    assert len(programs._waiting[os.getpid(), False]) == 1
+    (box,) = programs._waiting[os.getpid(), False]
+    assert len(list(Path(f"/proc/{box.process.pid}/fd").iterdir())) == 3
 
 
 def test_a_program_is_not_in_the_memory_that_the_next_one_has(settings: RuleSettings) -> None:
@@ -290,7 +291,12 @@ def test_a_program_ends_with_the_filters() -> None:
 def test_what_starts_it_may_be_a_container(capfd: pytest.CaptureFixture[str]) -> None:
     elsewhere = settings_of("python", command=["nice", "-n", "1", sys.executable], seconds=60)
     assert said("import os; raise Exception(os.nice(0) > 0, dict(os.environ))", elsewhere).endswith("(True, {})")
-    for command, problem in (["no-such-docker", "run"], "No such file"), (["echo", "refused:"], "refused:"):
+    silent = ["sh", "-c", '"$@" < /dev/null', "sh", sys.executable]
+    for command, problem in (
+        (["no-such-docker", "run"], "No such file"),
+        (["echo", "refused:"], "refused:"),
+        (silent, "did not start: it gets no standard input"),
+    ):
         with pytest.raises(ValidationError, match=problem):
             settings_of("python", command=command)
 
@@ -300,6 +306,12 @@ def test_a_process_that_a_program_leaves_in_a_container_ends_with_it(monkeypatch
     monkeypatch.setattr(programs, "_GRACE_S", 5)
     left = "import os, time\nif os.fork() == 0:\n    time.sleep(20)\n    os._exit(0)"
     assert said(left, elsewhere) == "passes"
+
+
+def test_a_sandbox_whose_fork_failed_ends() -> None:
+    driver = [sys.executable, "-I", "-S", "-c", Path(sandbox.__file__).read_text()]
+    done = subprocess.run(driver, stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=60)
+    assert done.stdout.splitlines()[1:] == [b'ended [-9, ""]']
 
 
 def test_what_starts_a_container_ends_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
