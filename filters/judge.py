@@ -21,7 +21,7 @@ import msgspec
 from filters.judgements import SCORES, Judgement, undiscerning
 from filters.verify.extract import plain
 from generate.budget import known_price, shared_budget
-from generate.client import check_teacher
+from generate.client import check_url
 from generate.journal import Journal
 from generate.prompts import prompt_id
 from generate.run import generate
@@ -93,12 +93,15 @@ class Judge:
         return blake2b(json.dumps(what, ensure_ascii=False).encode(), digest_size=4).hexdigest()
 
     def check(self) -> None:
-        """Raises RecipeError if its URL is wrong, or its budget needs a price that is not known. Asks nothing."""
+        """Raises RecipeError if a URL is wrong, or its budget needs a price that is not known. Asks nothing.
+
+        Keys and headers are not looked at: where all verdicts are there, nobody needs them.
+        """
         folder = self.folders[0]
-        asking = self._asking(folder / "questions.jsonl", 1, {}, RunDir(folder))
-        check_teacher(asking.teacher)
+        for url in self.endpoint.urls:
+            check_url(url, f"{self.endpoint.section}.base_url")
         try:
-            known_price(asking)
+            known_price(self._asking(folder / "questions.jsonl", 1, {}, RunDir(folder)))
         except RecipeError as error:
             raise RecipeError(self.in_users_keys(str(error))) from None
 

@@ -13,7 +13,7 @@ from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import msgspec
 import numpy as np
@@ -47,6 +47,9 @@ from pipeline.progress import reporting
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, Message, Reason, encode_line
 from pipeline.rundir import RunDir, encode_json
+
+if TYPE_CHECKING:
+    from filters.judge import Judge
 
 UNSOLVED_IDS = 100  # named in the report
 
@@ -118,6 +121,7 @@ def filter_run(
     if not run.completions.exists():
         raise DataError(f"{run.completions}: no such file; run `python -m generate` first")
     read_lineage(run)  # it is added to at the end: if it cannot be read, say so before anything is replaced
+    judge = _judge_of(recipe, run)
     wanted, stale = ([run.preferences], []) if config.preferences else ([], [run.preferences])
     path = run.path / "survivors.jsonl.tmp"
     with ExitStack() as stack:
@@ -145,9 +149,8 @@ def filter_run(
             others = [(source, machine.sketch_file(source, dedup)) for source in sources]
             survived = stack.enter_context(path.open("rb"))
             sketches = joined([*others, (Source(survived, Kind.OWN, "this run"), own)], dedup)
-        if config.judge:
-            copies = exact_copies(sketches, survivors.gone) if sketches else {}
-            _ask_judge(recipe, run, survivors, copies, tally)
+        if judge:
+            _ask_judge(judge, run, survivors, exact_copies(sketches, survivors.gone) if sketches else {}, tally)
         if sketches:
             scores = _judge_scores(survivors, run)
             survivors.gone |= find_duplicates(sketches, survivors.gone, scores, machine.search)
@@ -207,13 +210,23 @@ def _gather(
     return tally, sketches, np.concatenate(samples)
 
 
-def _ask_judge(
-    recipe: Recipe, run: RunDir, survivors: Survivors, copies: Mapping[int, int | None], tally: Tally
-) -> None:
-    """Asks about the survivors that are still there. A copy has the verdict of the row it is a copy of."""
-    from filters.judge import Judge, judge_rows  # here: the client is slow to import, and most calls ask no judge
+def _judge_of(recipe: Recipe, run: RunDir) -> "Judge | None":
+    """The judge, checked: the rules before it may take hours."""
+    if recipe.filters.judge is None:
+        return None
+    from filters.judge import Judge  # here: the client is slow to import, and most calls ask no judge
 
     judge = Judge.of_filters(recipe, run)
+    judge.check()
+    return judge
+
+
+def _ask_judge(
+    judge: "Judge", run: RunDir, survivors: Survivors, copies: Mapping[int, int | None], tally: Tally
+) -> None:
+    """Asks about the survivors that are still there. A copy has the verdict of the row it is a copy of."""
+    from filters.judge import judge_rows
+
     left_out = {*copies, *survivors.gone}
     rows = reporting(survivors.rows(left_out), "{:,} answers looked at for the judge so far".format)
     by_id = judge_rows(judge, run, (row for _, row in rows))

@@ -67,7 +67,7 @@ def find_judge(recipe: Recipe, run: RunDir) -> Judge | None:
 
 
 def check_judges(recipe: Recipe, run: RunDir) -> None:
-    """Raises RecipeError if the judge of the filters or of the evaluation could not be asked. Asks nothing."""
+    """Raises RecipeError if a judge of the recipe has a wrong URL, or lacks a price that its budget needs."""
     if recipe.filters.judge:
         Judge.of_filters(recipe, run).check()
     if judge := find_judge(recipe, run):

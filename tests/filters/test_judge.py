@@ -15,7 +15,7 @@ from filters.__main__ import main
 from filters.judge import Judge, judge_rows, question, read_verdict
 from filters.judgements import Judgement, judge_reason, read_judgements, undiscerning
 from filters.reasons import describe
-from filters.run import filter_run
+from filters.run import Machine, filter_run
 from generate.run import generate
 from pipeline.errors import BudgetReached, DataError, DistillError, RecipeError, RequestsFailed
 from pipeline.filters_config import DedupConfig, FiltersConfig, JudgeConfig
@@ -439,6 +439,32 @@ def test_the_stage_keeps_what_the_judge_finds_good_enough(tmp_path: Path) -> Non
         "fit": {"4": 11},
     }
     assert json.loads(run.filter_report.read_bytes())["scores"]["judge"] == {"2": 1, "4": 10}
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"budget": {"usd": 1}}, r"^filters\.judge\.budget\.usd is 1, but the price of judge is not known: "),
+        ({"base_url": "http://127.0.0.1:1/v1?key=x"}, r"^filters\.judge\.base_url .* holds a query"),
+    ],
+)
+def test_what_is_wrong_with_a_judge_is_told_before_a_rule_runs(
+    run: RunDir, section: dict[str, Any], message: str
+) -> None:
+    run.completions.write_bytes(encode_line(row(1)))
+    recipe = recipe_for("http://127.0.0.1:1/v1", filters={"judge": {"model": "judge", **section}})
+
+    def in_blocks(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a rule has run")
+
+    with pytest.raises(RecipeError, match=message):
+        filter_run(recipe, run, run.path / "r.yaml", machine=Machine(in_blocks))
+
+
+def test_a_judge_is_checked_without_the_teachers_variables(run: RunDir) -> None:
+    teacher = {"model": "m", "headers": {"X-Key": "${NOT_SET_HERE}"}}
+    recipe = recipe_for("http://127.0.0.1:1/v1", teacher=teacher, filters={"judge": {"model": "judge"}})
+    Judge.of_filters(recipe, run).check()
 
 
 def test_the_scores_are_shown_and_answers_that_could_not_be_judged_end_with_4(
