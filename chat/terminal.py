@@ -27,7 +27,7 @@ def talk(model: Model, begin: Sequence[Message]) -> None:
     """
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # bytes that are not of its encoding must not end the talk
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # earlier questions with the arrow keys
 

@@ -382,12 +382,12 @@ def test_the_terminal_shows_the_system_message_that_all_rows_of_the_training_bro
 ) -> None:
     run = RunDir(tmp_path / "run")
     run.student.mkdir(parents=True)
-    (run.student / "lineage.json").write_text('{"train": {"system_of_rows": "Be Kim."}}')
+    (run.student / "lineage.json").write_text('{"train": {"system_of_rows": "Be Kim, id:x:y."}}')
     monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
     with misbehaving(lambda asked: streaming("Hello.")) as server:
         main([recipe_file(tmp_path, server.url), "--run", str(run.path), "--terminal", "--only", "teacher"])
-        assert [turn["content"] for turn in server.asked[0].body["messages"]] == ["Be Kim.", "hi"]
-    assert "system: Be Kim.\n" in capsys.readouterr().out
+        assert [turn["content"] for turn in server.asked[0].body["messages"]] == ["Be Kim, id:x:y.", "hi"]
+    assert "system: Be Kim, id:x:y.\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
