@@ -108,6 +108,7 @@ def train_run(
             _complete(recipe, run, work, parts)
         return
     check_no_link(run.student, run.student_sft, work)
+    earlier = earlier_teachers(str(start) if start else _initialised_from(recipe))
     logprobs = run.logprobs if recipe.train.kd.teacher == "stored" else run.teacher_logprobs
     setting = Setting(recipe.train, work, console, processes, recipe.teacher, logprobs)
     with extra_needed():
@@ -123,7 +124,7 @@ def train_run(
     _learn(prepared, work)
     if processes.lead:
         log = training_log(prepared, recipe, rows) | {"learning_rate_default": rate}
-        section = _lineage_section(recipe, log, parts.train, start) | {"precision": prepared.precision}
+        section = _lineage_section(recipe, log, parts.train, earlier) | {"precision": prepared.precision}
         section |= {"processes": processes.count, "fingerprint": fingerprint, "too_long_dropped": prepared.too_long}
         section["built" if student.built else "base"] = origin_of(student, run)
         section |= {"weights": "full", "start": trained_section(start)} if start else {}  # a whole model is saved
@@ -311,7 +312,7 @@ def training_log(prepared: "Prepared", recipe: Recipe, rows: dict[str, int]) -> 
     }
 
 
-def _lineage_section(recipe: Recipe, log: dict[str, Any], rows: Iterable[Kept], start: Path | None) -> dict[str, Any]:
+def _lineage_section(recipe: Recipe, log: dict[str, Any], rows: Iterable[Kept], earlier: list[str]) -> dict[str, Any]:
     assert recipe.student is not None
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -320,7 +321,7 @@ def _lineage_section(recipe: Recipe, log: dict[str, Any], rows: Iterable[Kept], 
         "system_of_rows": shared_system(row.messages for row in rows),
         "teacher": recipe.teacher.model,
         "initialised_from": _initialised_from(recipe),
-        "earlier_teachers": earlier_teachers(str(start) if start else _initialised_from(recipe)),
+        "earlier_teachers": earlier,
         "parts": recipe.prompts.parted_by,
         "hyperparameters": recipe.train.model_dump(mode="json"),
         **{name: log[name] for name in ("method", "weights", "seed", "saved_step", "learning_rate_default")},

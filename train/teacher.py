@@ -19,7 +19,8 @@ from pipeline.rundir import RunDir
 from pipeline.train_config import SOFT
 from train.student import load_tokenizer
 
-SMALL_FILES = ["*config.json", "chat_template*", "README.md", "vocab.json", "merges.txt", "tokenizer*", "*tokens*.json"]
+TOKENIZER_FILES = ["vocab.json", "merges.txt", "tokenizer*", "*tokens*.json"]
+SMALL_FILES = ["*config.json", "chat_template*", *TOKENIZER_FILES, "README.md", "lineage.json"]
 HUB_TIMEOUT_S = 10
 FIX = "use train.method: lora or full, which learn from its text"
 
@@ -100,12 +101,15 @@ def read_card(folder: Path | None) -> Card:
 
 
 def earlier_teachers(origin: str | None) -> list[str]:
-    """The models that taught a student of ours before it is trained on, by the lineage in its folder; else none."""
-    folder = local_folder(origin) if origin else None
+    """The models that taught a student of ours before it is trained on, by its lineage, here or on the Hub; else none.
+
+    Raises DataError if the lineage is not JSON.
+    """
+    folder = known_files(origin) if origin else None
     lineage = read_lineage(RunDir(folder)) if folder else {}
-    if "train" not in lineage:
-        return []
-    train, asked = lineage["train"], lineage.get("generate", {}).get("teacher", {})
+    train, asked = lineage.get("train", {}), lineage.get("generate", {}).get("teacher", {})
+    if not {"teacher", "method"} <= {*train}:
+        return []  # another tool's file of this name
     answered = [asked["asked"], *asked.get("earlier", [])] if "asked" in asked else [train["teacher"]]
     followed = [train["teacher"]] if train["method"] in SOFT else []
     return list(dict.fromkeys([*answered, *followed, *train.get("earlier_teachers", [])]))

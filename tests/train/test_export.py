@@ -13,6 +13,7 @@ import sys
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,28 @@ def test_a_student_of_another_run_names_the_teachers_of_that_one_too(
     known["train"] |= {"initialised_from": "Qwen/Qwen2.5-0.5B-Instruct", "earlier_teachers": ["gpt-4.1"]}
     bound = ModelCard(model_card(trained[0], known))
     assert bound.data.to_dict()["license"] == "other" and "| earlier teacher | gpt-4.1 | [OpenAI" in bound.text
+
+
+def test_the_teachers_of_a_student_on_the_hub_are_known_too(
+    trained: tuple[Recipe, RunDir], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushed = export_model(*trained, merged=True)
+
+    def download(repo: str, *, allow_patterns: list[str], **_: Any) -> str:
+        def others(_: str, names: list[str]) -> set[str]:
+            return {name for name in names if not any(fnmatch(name, pattern) for pattern in allow_patterns)}
+
+        return str(shutil.copytree(pushed, tmp_path / repo, ignore=others))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert earlier_teachers("me/tiny") == ["Qwen/Qwen2.5-7B-Instruct"]
+    assert not (tmp_path / "me" / "tiny" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("train", ["data.csv", {"teacher": "big"}, {"method": "full"}, {}])
+def test_another_tools_lineage_names_no_teachers(tmp_path: Path, train: Any) -> None:
+    (tmp_path / "lineage.json").write_text(json.dumps({"train": train}))
+    assert earlier_teachers(str(tmp_path)) == []
 
 
 def test_cards_name_the_teacher_that_answered_not_the_recipes(trained: tuple[Recipe, RunDir]) -> None:
