@@ -63,13 +63,17 @@ def test_the_function_of_the_page_makes_rows_of_other_shapes(tmp_path: Path) -> 
     given = [
         {"instruction": "Translate.", "input": "Der Öltank", "output": "the oil tank"},
         {"instruction": "Say a word.", "input": "", "output": "Word"},
+        {"instruction": "Say two.", "input": None, "output": "Two"},
+        {"instruction": "Say three.", "output": "Three"},
+        {"conversations": []},
+        {"conversations": [{"from": "system", "value": "Be kind."}, told]},
         {"conversations": [{"from": "system", "value": "Be kind."}, asked, told, {**asked, "value": "Bye"}, told]},
     ]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, given)))
     recipe = Recipe(name="x", teacher={"model": "m"}, prompts={"file": tmp_path / "rows.py"})
-    alpaca, alone, shared = iter_prompts(recipe)
+    alpaca, *alone, shared = iter_prompts(recipe)
     assert (alpaca.messages, alpaca.reference) == ([Message("user", "Translate.\n\nDer Öltank")], "the oil tank")
-    assert alone.messages == [Message("user", "Say a word.")]
+    assert [turn.content for row in alone for turn in row.messages] == ["Say a word.", "Say two.", "Say three."]
     assert [(turn.role, turn.content) for turn in shared.messages] == [
         ("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Bye")
     ]  # fmt: skip
