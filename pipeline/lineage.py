@@ -37,21 +37,21 @@ def read_lineage(run: RunDir) -> dict[str, Any]:
     return lineage
 
 
-def answered_by(recipe: Recipe, lineage: Mapping[str, Any]) -> list[str]:
-    """The models whose answers a run holds, the last one asked first; the recipe's teacher if none is named.
+def answered_by(teacher: str, lineage: Mapping[str, Any]) -> list[str]:
+    """The models whose answers a run holds, the last one asked first; the recipe's `teacher` if the lineage names none.
 
     A model that a killed call asked is one of them, unless the filters read no more answers than there were before it.
     """
-    teacher = lineage.get("generate", {}).get("teacher", {})
-    names = [teacher.get("asked", recipe.teacher.model), *teacher.get("earlier", [])]
-    killed, read = teacher.get("asking"), lineage.get("filters", {}).get("rows", inf)
+    models = lineage.get("generate", {}).get("teacher", {})
+    names = [models.get("asked", teacher), *models.get("earlier", [])]
+    killed, read = models.get("asking"), lineage.get("filters", {}).get("rows", inf)
     return list(dict.fromkeys([killed["model"], *names])) if killed and killed["answers"] < read else names
 
 
 def taught_by(recipe: Recipe, lineage: Mapping[str, Any]) -> list[str]:
     """The models that a student learns from: those that answered, and the recipe's teacher if its tokens are scored."""
-    followed = recipe.train.soft and recipe.train.kd.teacher != "stored"
-    return list(dict.fromkeys([*answered_by(recipe, lineage), *([recipe.teacher.model] if followed else [])]))
+    followed = [recipe.teacher.model] if recipe.train.soft and recipe.train.kd.teacher != "stored" else []
+    return list(dict.fromkeys([*answered_by(recipe.teacher.model, lineage), *followed]))
 
 
 def spent_in_all(spent: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

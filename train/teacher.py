@@ -13,7 +13,7 @@ import yaml
 
 from pipeline.adapters import count_parameters
 from pipeline.errors import RecipeError
-from pipeline.lineage import read_lineage
+from pipeline.lineage import answered_by, read_lineage
 from pipeline.models import explained, local_folder, resolve_model, tokenizer_from
 from pipeline.rundir import RunDir
 from pipeline.train_config import SOFT
@@ -107,12 +107,11 @@ def earlier_teachers(origin: str | None) -> list[str]:
     """
     folder = known_files(origin) if origin else None
     lineage = read_lineage(RunDir(folder)) if folder else {}
-    train, asked = lineage.get("train", {}), lineage.get("generate", {}).get("teacher", {})
+    train = lineage.get("train", {})
     if not {"teacher", "method"} <= {*train}:
         return []  # another tool's file of this name
-    answered = [asked["asked"], *asked.get("earlier", [])] if "asked" in asked else [train["teacher"]]
     followed = [train["teacher"]] if train["method"] in SOFT else []
-    return list(dict.fromkeys([*answered, *followed, *train.get("earlier_teachers", [])]))
+    return list(dict.fromkeys([*answered_by(train["teacher"], lineage), *followed, *train.get("earlier_teachers", [])]))
 
 
 def tokenizer_of(folder: Path | None) -> Any | None:

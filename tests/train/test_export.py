@@ -176,6 +176,14 @@ def test_the_teachers_of_a_student_on_the_hub_are_known_too(
     assert not (tmp_path / "me" / "tiny" / "model.safetensors").exists()
 
 
+def test_a_model_that_a_killed_call_asked_is_an_earlier_teacher(tmp_path: Path) -> None:
+    asked = {"asked": "big", "earlier": ["old"], "asking": {"model": "gpt-4.1", "answers": 5}}
+    train = {"teacher": "big", "method": "full"}
+    lineage = {"generate": {"teacher": asked}, "filters": {"rows": 6}, "train": train}
+    (tmp_path / "lineage.json").write_text(json.dumps(lineage))
+    assert earlier_teachers(str(tmp_path)) == ["gpt-4.1", "big", "old"]
+
+
 @pytest.mark.parametrize("train", ["data.csv", {"teacher": "big"}, {"method": "full"}, {}])
 def test_another_tools_lineage_names_no_teachers(tmp_path: Path, train: Any) -> None:
     (tmp_path / "lineage.json").write_text(json.dumps({"train": train}))

@@ -133,7 +133,7 @@ def dataset_card(
     """
     from huggingface_hub import DatasetCardData
 
-    teachers = _terms(recipe, answered_by(recipe, lineage))
+    teachers = _terms(recipe, answered_by(recipe.teacher.model, lineage))
     chain = _chain(teachers, None)
     files = [{"split": part, "path": f"data/{part}.jsonl"} for part in rows]
     features = [{"name": name, **COLUMN_TYPES.get(name, TEXT)} for name in columns]
