@@ -11,6 +11,7 @@ import yaml
 from filters.run import filter_run
 from generate.prompts import iter_prompts
 from generate.run import generate
+from pipeline.errors import BudgetReached
 from pipeline.instructions import asked_of_student
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.records import Completion, Dropped, Kept, Message, read_jsonl
@@ -82,17 +83,36 @@ def test_the_function_of_the_page_makes_rows_of_other_shapes(tmp_path: Path) -> 
 def test_the_program_of_the_page_takes_in_answers_that_are_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The URL answers nobody: nothing is asked."""
+    """Each row gets its own, whatever other rows ask. With the page's budget nothing is asked about a new row."""
     monkeypatch.chdir(tmp_path)
-    rows = [{"text": "Where is it?", "output": "delivery"}, {"text": "I paid twice.", "output": "어떤 청구서인가요?"}]
-    Path("tickets.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    prompts = {"file": tmp_path / "tickets.jsonl", "columns": {"prompt": "text"}}
-    recipe = Recipe(
-        name="my_tickets", teacher={"model": "gpt-4.1", "base_url": "http://127.0.0.1:9/v1"}, prompts=prompts
-    )
+    first, told, last = ({"role": role, "content": "Hi"} for role in ("user", "assistant", "user"))
+    talks = [
+        [{"role": "system", "content": "Be kind."}, last],
+        [first, told, last],
+        [{**first, "content": "Yo"}, told, last],
+    ]
+    rows = [
+        *({"messages": talk, "output": f"reply {number}"} for number, talk in enumerate(talks)),
+        {"messages": [{"role": "user", "content": "I paid twice."}], "output": "어떤 청구서인가요?"},
+        {"messages": [{"role": "user", "content": "I paid twice."}], "output": "billing"},
+    ]
+    Path("talks.jsonl").write_text("\n".join(map(json.dumps, rows)))
     run = RunDir(Path("runs/my_tickets"))
-    generate(recipe, run, quiet=True, write_batches=True)
-    exec(compile(program_of_page("answers = {"), "answers.py", "exec"), {})
-    generate(recipe, run, quiet=True, collect=run.path / "answers.jsonl")
-    found = {row.messages[-1].content: row.text for row in read_jsonl(run.completions, Completion)}
-    assert found == {row["text"]: row["output"] for row in rows}
+
+    with misbehaving(lambda asked: answer("from the teacher")) as server:
+        teacher = {
+            "model": "gpt-4.1",
+            "base_url": server.url,
+            "system": "Answer.",
+            "examples": [{"prompt": "a", "answer": "b"}],
+        }
+        recipe = {"name": "my_tickets", "teacher": teacher, "prompts": {"file": "talks.jsonl"}, "budget": {"tokens": 1}}
+        Path("mine.yaml").write_text(yaml.safe_dump(recipe))
+        exec(compile(program_of_page("custom_id"), "answers.py", "exec"), {})
+        generate("mine.yaml", run, quiet=True, collect=Path("answers.jsonl"))
+        assert [row.text for row in read_jsonl(run.completions, Completion)] == [row["output"] for row in rows]
+        assert all(row.columns == {"output": row.text} for row in read_jsonl(run.completions, Completion))
+        Path("talks.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"prompt": "New", "output": "new"}])))
+        with pytest.raises(BudgetReached):
+            generate("mine.yaml", run, quiet=True)
+        assert not server.asked
