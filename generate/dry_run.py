@@ -90,8 +90,8 @@ def dry_run(recipe: Recipe, run: RunDir, *, retry_failures: bool = False) -> Dry
         dry.warnings.append(f"warning: {error}")
     dry.completion_tokens = dry.to_ask * recipe.sampling.max_tokens
     dry.expected_prompt_tokens = dry.prompt_tokens if dry.counted else None
-    if len(found.ids) >= ENOUGH_ANSWERS and found.completion_tokens:
-        share = dry.to_ask / len(found.ids)
+    if found.counted >= ENOUGH_ANSWERS:
+        share = dry.to_ask / found.counted
         dry.expected_completion_tokens = round(share * found.completion_tokens)
         if not dry.counted:
             dry.expected_prompt_tokens = round(share * found.prompt_tokens)
@@ -114,7 +114,8 @@ def describe(recipe: Recipe, dry: DryRun) -> list[str]:
         f"{_about(dry.expected_completion_tokens)}",
     ]
     if dry.expected_completion_tokens is None and dry.to_ask:
-        lines.append(f"expected numbers need {ENOUGH_ANSWERS} answers: run a small prompts.count first")
+        needed = f"{ENOUGH_ANSWERS} answers whose tokens the teacher counted"
+        lines.append(f"expected numbers need {needed}: run a small prompts.count first")
     return lines + _cost(recipe, dry) + _over_budget(recipe, dry) + dry.warnings
 
 

@@ -36,6 +36,7 @@ class Contents:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     reasoning_tokens: int = 0  # of the completion's
+    counted: int = 0  # answers whose completion's tokens are known
     good_bytes: int = 0  # up to the end of the last whole line
     torn_bytes: int = 0  # what follows it, to be cut off
     unended: bool = False  # the last line is whole but for its newline
@@ -81,6 +82,7 @@ def _count(contents: Contents, record: Line) -> None:
         contents.prompt_tokens += record.usage.prompt_tokens or 0
         contents.completion_tokens += record.usage.completion_tokens or 0
         contents.reasoning_tokens += record.usage.reasoning_tokens or 0
+        contents.counted += record.usage.completion_tokens is not None
 
 
 class Journal:

@@ -96,6 +96,18 @@ def test_the_rest_of_a_run_is_expected_to_be_like_its_answers(tmp_path: Path) ->
     assert {path.name: path.read_bytes() for path in run.path.iterdir()} == before
 
 
+def test_answers_whose_tokens_nobody_counted_make_nothing_cheaper(tmp_path: Path) -> None:
+    """As those that were taken in from a file, or of a gateway that does not count."""
+    recipe, run, later = planned(100), RunDir(tmp_path / "run"), RunDir(tmp_path / "later")
+    answered(recipe, run, 60, Usage())
+    assert dry_run(recipe, run).expected_completion_tokens is None
+    answered(recipe, later, 80, Usage(prompt_tokens=30, completion_tokens=60))
+    with run.completions.open("ab") as file:
+        file.writelines(later.completions.read_bytes().splitlines(keepends=True)[60:])
+    dry = dry_run(recipe, run)
+    assert (dry.expected_prompt_tokens, dry.expected_completion_tokens) == (20 * 30, 20 * 60)
+
+
 def test_nineteen_answers_are_too_few_to_expect_anything(tmp_path: Path) -> None:
     recipe, run = planned(50), RunDir(tmp_path / "run")
     answered(recipe, run, 19, Usage(prompt_tokens=30, completion_tokens=60))
