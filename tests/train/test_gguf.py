@@ -124,6 +124,7 @@ def test_llama_cpp_answers_as_the_folder_does(
     assert 'PARAMETER stop "<|im_end|>"' in written and "TEMPLATE" in written
     card = (folder / "README.md").read_text()
     assert f"llama-server --jinja -m {file.name}" in card and "ollama create small -f Modelfile" in card
+    assert "- gguf\n" in card and "- lora\n" not in card  # the tags of its page on the Hub
 
 
 def test_a_file_that_is_not_the_student_is_refused(
