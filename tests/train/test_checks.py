@@ -299,9 +299,9 @@ def with_template(template: str) -> Any:
     return tokenizer
 
 
-def other_family(template: str) -> Any:
+def other_family(template: str, *tokens: str) -> Any:
     tokenizer = with_template(template)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>", "<|over|>"]})
+    tokenizer.add_special_tokens({"additional_special_tokens": [*tokens] or ["<|turn|>", "<|over|>"]})
     return tokenizer
 
 
@@ -316,6 +316,7 @@ OTHER = CHATML.replace("<|im_start|>", "<|turn|>").replace("<|im_end|>", "<|over
         (with_template(DEFAULT_SYSTEM + CHATML), ("fail", 0.0)),  # the same tokens, a message that the student lacks
         (with_template(CHATML.replace("<|im_end|>", "")), ("fail", 0.0)),  # the same tokens in another order
         (other_family(OTHER), ("note", 0.0)),
+        (other_family(OTHER.replace("<|turn|>", "@").replace("<|over|>", "@end"), "@", "@end"), ("note", 0.0)),
         (other_family(DEFAULT_SYSTEM + OTHER), ("warn", 0.0)),
     ],
 )
