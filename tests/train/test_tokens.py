@@ -32,6 +32,7 @@ def test_an_answer_that_ends_with_the_stop_token_passes(ids: list[int]) -> None:
         (row([10, 11, 12], 1), "eos", "does not end with a stop token ('<end>'); its end is"),
         (row([10, 11, 2, 12], 1), "eos", "does not end with a stop token"),
         ({"input_ids": [10, 11, 2], "labels": [-100, 11, -100]}, "labels", "part of the answer carries no loss"),
+        ({"input_ids": [10, 11, 12, 2], "labels": [-100, 11, -100, 2]}, "labels", "part of the answer carries no loss"),
     ],
 )
 def test_a_row_that_teaches_something_else_is_named(bad: dict[str, list[int]], kind: str, reason: str) -> None:
@@ -58,6 +59,14 @@ def test_loss_on_every_turn_spares_the_header_of_an_answer() -> None:
     assert good["labels"] == [-100, -100, -100, 3, 2, -100, -100, -100, 11, 2]
     faults = label_faults([good, marked], stops={STOP}, decode=decode, known=13, prompts=[ids[:8]] * 2)
     assert faults == {"labels": ["row 2: loss falls on the prompt too: on its end, 'c'"]}
+    said = {"input_ids": [10, 11, 12, 3, 11, 12, 2, 10, 2], "labels": [-100, 11, 12, 3, 11, 12, 2, -100, 2]}
+    assert without_header(said, header)["labels"] == [-100, -100, -100, 3, 11, 12, 2, -100, 2]  # an answer may say it
+
+
+def test_a_row_that_does_not_begin_with_its_prompt_is_not_judged_by_it() -> None:
+    """As of a template that renders an answered prompt otherwise, which `differing_prompts` counts."""
+    rows = [row([10, 11, 12, 2], 2)] * 2
+    assert label_faults(rows, stops={STOP}, decode=decode, known=13, prompts=[[10, 12, 12], [10] * 9]) == {}
 
 
 def test_a_context_unlike_the_one_at_inference_is_counted() -> None:
