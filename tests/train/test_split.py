@@ -125,7 +125,8 @@ def test_rows_without_the_column_of_the_group_are_refused(tmp_path: Path) -> Non
     recipe = make_recipe("student", validation=0.2, test=0.2)
     recipe = recipe.model_copy(update={"prompts": recipe.prompts.model_copy(update={"group": "function"})})
     rows = [*grouped(30, 10), msgspec.structs.replace(kept_row(99, "Alone", "x"), columns={"function": None})]
-    assert len(read_parts(recipe, make_run(tmp_path / "run", rows)).all) == 31
+    rows.append(msgspec.structs.replace(kept_row(97, "By slot", "x"), slots={"function": "f"}))
+    assert len(read_parts(recipe, make_run(tmp_path / "run", rows)).all) == 32
     run = make_run(tmp_path / "other", [*rows, kept_row(98, "Without", "x")])
     with pytest.raises(DataError, match=r"kept\.jsonl: row r98 has no column 'function', which prompts\.group names"):
         read_parts(recipe, run)
