@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -121,7 +122,7 @@ def test_samples_of_an_earlier_call_that_had_more_are_no_repeats() -> None:
 def test_rows_that_nobody_filtered_or_few_that_passed_warn(
     lineage: dict[str, Any], filters: tuple[str, float], keep_rate: tuple[str, float] | None
 ) -> None:
-    checks = of_rows(story_rows(3), lineage)
+    checks = of_rows(story_rows(3), lineage | {"generate": {"prompts": {"distinct": 100}}})
     assert finding(checks["filters"]) == filters
     assert (finding(checks["keep_rate"]) if "keep_rate" in checks else None) == keep_rate
 
@@ -365,6 +366,8 @@ def test_text_that_spells_a_control_token_is_refused(student: str, tmp_path: Pat
     unnamed.add_tokens([AddedToken("<|end|>", special=True), AddedToken("<think>")])
     spelt = [kept_row(6, "Hi", "A<|end|>B"), kept_row(7, "Hi", "<think>C")]  # the second is no control token
     assert finding(markup_check(unnamed, spelt)) == ("fail", 1)
+    without: Any = SimpleNamespace(added_tokens_decoder={}, all_special_tokens=[])
+    assert finding(markup_check(without, spelt)) == ("pass", 0)
     run = make_run(tmp_path / "run", rows)
     with pytest.raises(DataError, match=r"check markup: 1 of 6 rows .* r5: <\|im_end\|>"):
         train_run(make_recipe(student), run, force=True)
@@ -479,10 +482,10 @@ def test_a_teacher_that_answered_in_the_place_of_the_recipes_is_told_and_its_ter
     kind["accept"] = [*kind["accept"], "teacher"]
     with pytest.raises(UsageError, match=r"check licence: gpt-4\.1, OpenAI Services Agreement"):
         train_run(make_recipe(student, "Qwen/Qwen2.5-7B-Instruct", **kind), run)
-    own = run.lineage.read_text().replace("gpt-4.1", str(make_run(tmp_path / "first", story_rows(6)).student))
-    run.lineage.write_text(own)
-    (tmp_path / "first" / "student").mkdir()
-    (tmp_path / "first" / "student" / "lineage.json").write_text(json.dumps({"train": {"teacher": "big"}}))
+    first = make_run(tmp_path / "first", story_rows(6)).student
+    run.lineage.write_text(json.dumps({"generate": {"teacher": {"asked": "gpt-4o", "earlier": [str(first)]}}}))
+    first.mkdir()
+    (first / "lineage.json").write_text(json.dumps({"train": {"teacher": "big"}}))
     with pytest.raises(DataError, match=r"check chain: the teacher .*first/student is itself a distilled student"):
         train_run(make_recipe(student, "Qwen/Qwen2.5-7B-Instruct", **kind), run)
 
