@@ -143,6 +143,17 @@ def test_cards_name_every_teacher_of_the_answers_and_follow_the_strictest_terms(
         assert "| teacher | gpt-4.1 | [OpenAI" in card.text
 
 
+def test_cards_of_answers_that_people_wrote_and_nobody_counted_say_nothing_untrue(
+    trained: tuple[Recipe, RunDir],
+) -> None:
+    recipe, run = trained
+    lineage = json.loads(run.lineage.read_bytes())
+    lineage["generate"] |= {"teacher": {"asked": "people", "served": ["people"]}, "completion_tokens": 0}
+    for text in (model_card(recipe, lineage), dataset_card(recipe, lineage, {"train": 8, "validation": 1, "test": 1})):
+        assert "| answers | 11 to 12 requests |" in text
+        assert "No person" not in text
+
+
 def test_a_student_of_another_run_names_the_teachers_of_that_one_too(
     trained: tuple[Recipe, RunDir], tmp_path: Path
 ) -> None:
