@@ -89,17 +89,17 @@ class Batches:
     def collect(self, path: Path) -> None:
         """Collects an output file that came another way, as `vllm run-batch` writes it, or one of `batches/` again.
 
-        Raises UsageError if the file does not exist, DataError if it is no such file, as the input of a batch is not.
+        Raises UsageError if the file does not exist, DataError if it is no such file, or is of another recipe.
         """
         if not path.is_file():
             raise UsageError(f"{path}: no file of this name; give the output of a batch")
         outcomes = read_output(path, self._api.words)
         if all(outcome == NO_OUTCOME for outcome in outcomes.values()):
             raise DataError(f"{path}: no line has a `response` or an `error`; give the output of a batch")
-        usages = {id_: outcome.usage for id_, outcome in outcomes.items() if isinstance(outcome, Answer)}
-        self._record(outcomes, str(path))
+        if self._record(dict(outcomes), str(path)) == len(outcomes):
+            raise DataError(f"{path}: of other prompts, sampling, model or endpoint than the recipe's")
         if self._folder.is_recorded(path):  # charged then, and not again, though the journal has it only now
-            again = [usage for id_, usage in usages.items() if id_ in self._done]
+            again = [got.usage for id_, got in outcomes.items() if isinstance(got, Answer) and id_ in self._done]
             free = Usage(prompt_tokens=0, completion_tokens=0)
             self._run.budget.settle(Reservation(), free, billed=True, journaled=again)
         for chunk in self._folder.live:
@@ -326,8 +326,8 @@ class Batches:
 
     def _record(
         self, outcomes: dict[str, Answer | Fault], source: str, sent: dict[str, dict[str, Any]] | None = None
-    ) -> None:
-        """Writes outcomes to the journals: each request's first answer, and no more.
+    ) -> int:
+        """Writes outcomes to the journals: each request's first answer, and no more. Returns how many nobody asks for.
 
         `sent`: the requests of the batch that brought them; None for a file that came another way.
         """
@@ -335,9 +335,11 @@ class Batches:
             id_ = job.request.id
             if (outcome := outcomes.pop(id_, None)) and id_ not in self._done:
                 self._take(job, outcome, sent)
-        if outcomes:
-            ignored = f"{len(outcomes)} answers that the run has already, or that nothing asks for"
-            self._run.say(f"{source}: ignored {ignored}")
+        had = sum(id_ in self._run.left.answered for id_ in outcomes)
+        for count, which in ((had, "to requests that have one"), (len(outcomes) - had, "that nothing asks for")):
+            if count:
+                self._run.say(f"{source}: ignored {count} answers {which}")
+        return len(outcomes) - had
 
     def _take(self, job: Job, outcome: Answer | Fault, sent: dict[str, dict[str, Any]] | None) -> None:
         """Records an outcome; one that may heal, teaches something or ends the run leaves the request unanswered."""

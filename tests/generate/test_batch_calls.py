@@ -16,6 +16,8 @@ import pytest
 from generate import batch_files
 from generate.batch import Batches
 from generate.batch_api import BatchApi
+from generate.jobs import build_jobs
+from generate.prompts import iter_prompts
 from generate.run import generate
 from pipeline.errors import BudgetReached, DataError, DistillError, UsageError
 from pipeline.lineage import read_lineage
@@ -316,6 +318,24 @@ def test_files_by_hand(run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def _ids(path: Path) -> list[str]:
     return [json.loads(text)["custom_id"] for text in path.read_text().splitlines()]
+
+
+def test_answers_by_hand_that_are_not_taken_in_say_why(
+    run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nowhere, output = "http://127.0.0.1:9/v1", tmp_path / "out.jsonl"
+    four, six, colder = recipe_for(nowhere, 4), recipe_for(nowhere, 6), {"temperature": 0.1}
+    ids = [job.request.id for job in build_jobs(iter_prompts(six), six)]
+    output.write_text("".join(json.dumps(line(id_)) + "\n" for id_ in ids))
+    assert generate(four, run, quiet=True, collect=output).answered == 4
+    assert "ignored 2 answers that nothing asks for" in " ".join(capsys.readouterr().err.split())
+    assert generate(six, run, quiet=True, collect=output).answered == 2
+    assert "ignored 4 answers to requests that have one" in " ".join(capsys.readouterr().err.split())
+    assert generate(six, run, quiet=True, collect=output).answered == 0
+    other = RunDir(tmp_path / "other")
+    with pytest.raises(DataError, match=r"out\.jsonl: of other prompts, sampling, model or endpoint than"):
+        generate(recipe_for(nowhere, 6, sampling=colder), other, quiet=True, collect=output)
+    assert "ignored 6 answers that nothing asks for" in " ".join(capsys.readouterr().err.split())
 
 
 def test_files_by_hand_are_those_of_the_recipe_as_it_is(run: RunDir, tmp_path: Path) -> None:
