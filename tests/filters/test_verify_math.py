@@ -232,8 +232,10 @@ def test_small_digits_are_powers_and_fractions(text: str, right: str, wrong: str
 
 @pytest.mark.parametrize(
     "reference",
-    ["1/2개", "1/2입니다", "1/2 cups", "1/2 (cups of tea)", "1/2 (kg)", "€1/2", "\\$0.50", "$\\frac{1}{2}$", "½"]
-    + ["\\(0.5\\) cups"],
+    [
+        *("1/2개", "1/2입니다", "1/2 cups", "1/2 (cups of tea)", "1/2 (kg)", "€1/2"),
+        *("\\$0.50", "$\\frac{1}{2}$", "½", "\\(0.5\\) cups"),
+    ],
 )
 def test_a_reference_is_read_as_an_answer_is(reference: str) -> None:
     for right in ("\\boxed{\\frac{1}{2}}", "The answer is 0.5.", "It is €1/2."):
