@@ -73,11 +73,14 @@ def main() -> None:
         print(line)
     if summary.failed:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(summary.errors.items()))
+        again = "--retry-failures asks them again"
+        if options.collect:
+            again = f"--collect can bring their answers later; {again}, of the teacher"
         where = f"{run.failures}, or in those of its turns/," if recipe.prompts.user else f"{run.failures},"
         raise RequestsFailed(
             f"{summary.failed} of {summary.requests} requests failed for good"
             + (f" (now: {kinds})" if kinds else "")
-            + f"; they are in {where} and --retry-failures asks them again"
+            + f"; they are in {where} and {again}"
         )
 
 

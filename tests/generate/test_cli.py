@@ -1,5 +1,6 @@
 """`python -m generate` as a user runs it: exit codes, what it prints, Ctrl-C, and kills at any moment."""
 
+import json
 import os
 import random
 import signal
@@ -12,8 +13,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from generate.jobs import build_jobs
+from generate.prompts import iter_prompts
 from pipeline.records import Completion, read_jsonl
 from pipeline.rundir import RunDir
+from tests.servers.fake_batch_api import line
 from tests.servers.misbehaving_server import (
     Asked,
     Behaviour,
@@ -26,6 +30,7 @@ from tests.servers.misbehaving_server import (
     misbehaving,
     one_bad,
     recipe_for,
+    reply,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -78,6 +83,16 @@ def test_failures_end_it_with_4_and_can_be_asked_again(run: RunDir) -> None:
         assert str(run.failures) in err
         assert finish(start(server, run, 10))[0] == 4
         assert finish(start(server, run, 10, "--retry-failures"))[0] == 0
+
+
+def test_failures_that_were_collected_can_be_collected_again_without_asking(run: RunDir) -> None:
+    nowhere, output = "http://127.0.0.1:9/v1", run.path.with_name("out.jsonl")
+    recipe = recipe_for(nowhere, 2)
+    ids = [job.request.id for job in build_jobs(iter_prompts(recipe), recipe)]
+    for text, ends in (("", 4), ("filled in", 0)):
+        output.write_text("".join(json.dumps(line(id_, body=reply(text))) + "\n" for id_ in ids))
+        code, _, err = finish(start(nowhere, run, 2, "--collect", str(output)))
+        assert (code, "--collect can bring their answers later" in err) == (ends, ends == 4)
 
 
 def test_the_first_failure_of_each_kind_is_told_in_the_servers_words(run: RunDir) -> None:
