@@ -107,6 +107,7 @@ DEEP = "[" * 10_000 + "]" * 10_000
         # whole numbers are compared exactly, unless the recipe gives a tolerance, which is a share of the reference
         ({"as": "number"}, "87,654,322", "87,654,321", "matches", "87654322"),
         ({"as": "number"}, "9007199254740993", 9007199254740992, "matches", "9007199254740993"),
+        ({"as": "number"}, "-9007199254740993", -9007199254740992, "matches", "-9007199254740993"),
         ({"as": "number"}, "87,654,321.0", "87,654,321", "passes", "87654321"),
         ({"as": "number"}, "0.33333333", "0.3333333", "passes", "0.33333333"),
         ({"as": "number", "tolerance": 1e-6}, "87,654,322", "87,654,321", "passes", "87654322"),
@@ -335,6 +336,8 @@ def test_a_new_worker_is_warm_before_the_time_of_an_answer_runs(monkeypatch: pyt
         ("\\boxed{0.0}", "0.0000001", "math"),
         ("\\boxed{0.333333}", "1/3", "passes"),
         ("\\boxed{0.071429}", "1/14", "passes"),
+        ("\\boxed{0.00001235}", "1/81000", "passes"),
+        ("\\boxed{0.0000123}", "1/81000", "math"),
         ("\\boxed{3.141593}", "3.14159265", "passes"),
         ("\\boxed{16\\times 10^{-20}}", "1.6\\times 10^{-19}", "passes"),
         ("\\boxed{50\\%}", "50", "passes"),
@@ -430,7 +433,7 @@ def test_what_a_verifier_takes_out_of_an_answer() -> None:
     assert fenced_block("````md\n```\nx\n```\n````") == "```\nx\n```"
     assert fenced_block("```sql\nSELECT 1```\nor\n```sql\nSELECT 2\n```", "sql") == "SELECT 1"
     assert fenced_block("```sql SELECT 1```", "sql") == fenced_block("```SELECT 1```", "sql") == "SELECT 1"
-    assert fenced_block("```SQL SELECT 1```", "sql") == "SELECT 1"
+    assert fenced_block("```SQL SELECT 1```\n", "sql") == "SELECT 1"
     assert fenced_block("Title\n~~~~~\nHere:\n```sql\nSELECT 1\n```", "sql") == "SELECT 1"
     assert fenced_block("x = 1\n```\n") == "x = 1" and fenced_block("``````") == ""
     # in an item of a list all lines of a block are indented, some more than others
