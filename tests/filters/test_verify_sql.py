@@ -119,8 +119,21 @@ def test_a_query_that_must_find_something(shop: Path) -> None:
     assert outcome(verify("sql", "SELECT 1 WHERE 0", settings, "SELECT 1 WHERE 0")) == "sql rows"
     assert outcome(verify("sql", "SELECT 2", settings, "SELECT 1")) == "passes"
     always = settings_of("sql", shop, database="shop.sql", reference=True, field="query")
-    assert outcome(verify("sql", "SELECT 1", always)) == "unverified sql"
+    for row, problem in (
+        (None, "no reference"),
+        ({"sql": "SELECT 1"}, "no key `query`"),
+        ("SELECT 1", "no key `query`"),
+    ):
+        said = verify("sql", "SELECT 1", always, row)
+        assert outcome(said) == "unverified sql" and said.reason and said.reason.note.endswith(problem)
     assert outcome(verify("sql", "SELECT 1", always, {"query": "SELECT 1"})) == "passes"
+
+
+def test_numbers_may_differ_by_a_share_whatever_the_order_of_the_rows(shop: Path) -> None:
+    near = settings_of("sql", shop, database="shop.sql", tolerance=0.1)
+    reference = "SELECT 1.0 UNION ALL SELECT 1.1"
+    assert outcome(verify("sql", "SELECT 1.05 UNION ALL SELECT 0.95", near, reference)) == "passes"
+    assert outcome(verify("sql", "SELECT 0.95 UNION ALL SELECT 0.95", near, reference)) == "sql result"
 
 
 def test_a_database_is_read_where_it_lies_and_left_alone(tmp_path: Path) -> None:
