@@ -18,6 +18,7 @@ import pytest
 from pydantic import ValidationError
 
 from filters.answer import RuleSettings
+from filters.reasons import describe
 from filters.verify import programs, sandbox
 from tests.filters.verifying import outcome, settings_of, verify
 
@@ -120,6 +121,9 @@ def isolated() -> bool:
 def test_programs(settings: RuleSettings, text: str, tests: Any, expected: str, score: float | None) -> None:
     verified = verify("python", text, settings, tests)
     assert (outcome(verified), verified.score) == (expected, score)
+    if score is not None and verified.reason:
+        total = len(tests) if isinstance(tests, list) else 1
+        assert describe(verified.reason).startswith(f"{score * total:.0f} of {total} tests pass; ")
 
 
 @pytest.mark.parametrize(
@@ -165,6 +169,7 @@ def test_tests_may_be_a_column_and_packages_are_not_there(settings: RuleSettings
         (BIG_FILE, "python error: OSError"),
         ("def f(): f()\nf()", "python error: RecursionError"),
         ("import ctypes; ctypes.string_at(0)", "python ended: exit status 139"),
+        ("import os; os._exit(3)", "python ended: exit status 3"),
         ("class E(Exception):\n  def __str__(self): return 'x' * 1_000_000\nraise E", "python error: E: xxx"),
         ("import os, signal; os.kill(os.getppid(), signal.SIGKILL); os.killpg(0, 15)", "p"),
     ],
@@ -197,6 +202,7 @@ def test_a_program_that_does_not_end(settings: RuleSettings, program: str, expec
         ("open('/etc/passwd').read()", "FileNotFoundError"),
         (f"open({__file__!r}).read()", "FileNotFoundError"),
         ("import os; raise Exception(os.listdir())", "Exception: []"),
+        ("import os; raise Exception(os.getcwd())", f"Exception: {sandbox.WORK}"),
         ("open('/usr/lib/planted', 'w')", "OSError: [Errno 30]"),
         ("open('../planted', 'w')", "PermissionError"),
         ("import socket; socket.create_connection(('127.0.0.1', 9))", "PermissionError"),
@@ -355,6 +361,7 @@ def test_without_namespaces_nothing_can_be_started(tmp_path: Path) -> None:
     for program, error in (
         (FORKS, "Exception: made 0"),
         ("open('/etc/passwd')", "PermissionError"),
+        ("import os; raise Exception(os.getgroups(), {*os.getresgid()} & {0})", "Exception: ([], set())"),
         (BIG_FILE, "OSError: [Errno 27]"),
     ):
         done = subprocess.run(
