@@ -3,8 +3,9 @@
 from types import SimpleNamespace
 
 import pytest
+from datasets import Dataset
 
-from train.tokens import differing_prompts, label_fault, label_faults, without_header
+from train.tokens import differing_prompts, label_fault, label_faults, row_lengths, without_header
 
 STOP = 2
 TEXT = {2: "<end>", 3: "\n", 10: "a", 11: "b", 12: "c"}
@@ -67,6 +68,11 @@ def test_a_row_that_does_not_begin_with_its_prompt_is_not_judged_by_it() -> None
     """As of a template that renders an answered prompt otherwise, which `differing_prompts` counts."""
     rows = [row([10, 11, 12, 2], 2)] * 2
     assert label_faults(rows, stops={STOP}, decode=decode, known=13, prompts=[[10, 12, 12], [10] * 9]) == {}
+
+
+def test_a_pair_is_as_long_as_its_prompt_with_the_longer_answer() -> None:
+    pairs = {"prompt_ids": [[1, 2], [1]], "chosen_ids": [[1], [1, 2, 3]], "rejected_ids": [[1, 2, 3, 4], [1]]}
+    assert row_lengths(Dataset.from_dict(pairs)) == [6, 4]
 
 
 def test_a_context_unlike_the_one_at_inference_is_counted() -> None:
