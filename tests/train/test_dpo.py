@@ -17,7 +17,7 @@ from pipeline.students import trained_section
 from tests.tiny_student import kept_row, log_of, make_recipe, make_run, story_rows, tiny_model
 from train.preferences import read_pairs, start_of
 from train.rows import read_parts
-from train.run import train_run
+from train.run import train_run, training_fingerprint
 from train.trainer import load_start
 
 
@@ -107,6 +107,7 @@ def test_an_adapter_is_merged_and_the_start_is_found_again(student: str, tmp_pat
     write_pairs(run, 7)
     train_run(pairs, run)  # from student-sft again, not from the student that has the preferences
     assert trained_section(run.student)["start"] == trained_section(run.student_sft)
+    assert training_fingerprint(pairs, run, run.student) != training_fingerprint(pairs, run, run.student_sft)
     train_run(answers, run)
     assert not run.student_sft.exists() and start_of(pairs, run) == run.student
 
