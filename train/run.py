@@ -81,8 +81,7 @@ def train_run(
     """Trains the recipe's student on the run's kept rows, or then on its preferences, and saves it as run.student.
 
     Returns at once if the student there was trained on these rows with these settings, unless `again`. `force`
-    continues past checks that warn, `allow_chain` with a teacher that was itself distilled. Of several `processes` that
-    train together one writes and prints.
+    continues past checks that warn, `allow_chain` with a distilled teacher. One of the `processes` writes and prints.
     Raises RecipeError, DataError or DistillError, each with the fix; nothing is trained on faulty rows.
     """
     student = recipe.student
