@@ -93,15 +93,15 @@ class Judge:
         return blake2b(json.dumps(what, ensure_ascii=False).encode(), digest_size=4).hexdigest()
 
     def check(self) -> None:
-        """Raises RecipeError if a URL is wrong, or its budget needs a price that is not known. Asks nothing.
+        """Raises RecipeError if a URL is wrong, or its budget needs a price that is not known.
 
-        Keys and headers are not looked at: where all verdicts are there, nobody needs them.
+        Reads no verdicts, and no keys or headers: where all verdicts are there, nobody needs these.
         """
-        folder = self.folders[0]
+        asking = {"teacher": self.endpoint, "sampling": SamplingConfig(), "budget": self.config.budget}
         for url in self.endpoint.urls:
             check_url(url, f"{self.endpoint.section}.base_url")
         try:
-            known_price(self._asking(folder / "questions.jsonl", 1, {}, RunDir(folder)))
+            known_price(self.recipe.model_copy(update=asking))
         except RecipeError as error:
             raise RecipeError(self.in_users_keys(str(error))) from None
 

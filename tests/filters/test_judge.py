@@ -461,9 +461,13 @@ def test_what_is_wrong_with_a_judge_is_told_before_a_rule_runs(
         filter_run(recipe, run, run.path / "r.yaml", machine=Machine(in_blocks))
 
 
-def test_a_judge_is_checked_without_the_teachers_variables(run: RunDir) -> None:
-    teacher = {"model": "m", "headers": {"X-Key": "${NOT_SET_HERE}"}}
-    recipe = recipe_for("http://127.0.0.1:1/v1", teacher=teacher, filters={"judge": {"model": "judge"}})
+def test_a_judge_is_checked_without_its_verdicts_and_the_teachers_variables(run: RunDir) -> None:
+    verdicts = run.path / "judge" / "version" / "1"
+    verdicts.mkdir(parents=True)
+    (verdicts / "completions.jsonl").write_text("not read\n")
+    teacher = {"model": "gpt-4.1", "headers": {"X-Key": "${NOT_SET_HERE}"}}
+    filters = {"judge": {"budget": {"usd": 1}, "price": {"input": 1, "output": 1}}}
+    recipe = recipe_for("http://127.0.0.1:1/v1", teacher=teacher, filters=filters)
     Judge.of_filters(recipe, run).check()
 
 
