@@ -65,11 +65,12 @@ class Model:
     @property
     def told(self) -> str:
         """How it is asked, in words."""
-        system = self.recipe.student.system if self.recipe.student and self.key != TEACHER else None
-        if system == "":
-            return "told no system prompt"
-        told = told_in_words(self.recipe.teacher) if self.key == TEACHER else "its own system prompt" if system else ""
-        return f"told {told}" if told else "told nothing more than the prompt"
+        if self.key == TEACHER:
+            told = told_in_words(self.recipe.teacher)
+        else:
+            own = self.recipe.student.system if self.recipe.student else None
+            told = {None: "", "": "no system prompt"}.get(own, "its own system prompt")
+        return f"told {told or 'nothing more than the prompt'}"
 
     def at(self, base_url: str) -> None:
         """Marks the model as ready: it answers there, under its own name."""

@@ -75,7 +75,7 @@ def main() -> None:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(summary.errors.items()))
         again = "--retry-failures asks them again"
         if options.collect:
-            again = f"--collect can bring their answers later; {again}, of the teacher"
+            again = f"--collect can bring their answers later, or {again}"
         where = f"{run.failures}, or in those of its turns/," if recipe.prompts.user else f"{run.failures},"
         raise RequestsFailed(
             f"{summary.failed} of {summary.requests} requests failed for good"

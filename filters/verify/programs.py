@@ -130,7 +130,7 @@ def run_program(program: str, tests: list[str], settings: PythonSettings) -> dic
     asked = {"program": program, "tests": tests, "limits": limits, "nonce": nonce, "isolate": isolate}
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:
         asked |= {"site_packages": settings.site_packages, "folder": str(Path(folder).absolute()) if isolate else None}
-        with _sandbox(settings, folder) as box:
+        with _ready_sandbox(settings, folder) as box:
             status, said = box.run(json.dumps(asked), settings.seconds + _GRACE_S)
     try:
         reply = json.loads(said)
@@ -148,7 +148,7 @@ def run_program(program: str, tests: list[str], settings: PythonSettings) -> dic
 
 
 @contextmanager
-def _sandbox(settings: PythonSettings, folder: str) -> Iterator["Sandbox"]:
+def _ready_sandbox(settings: PythonSettings, folder: str) -> Iterator["Sandbox"]:
     """One that waits, or a new one. A container is for one program: what that started may still be in it."""
     waiting = _waiting[os.getpid(), settings.site_packages] if settings.command is None else []
     while waiting:

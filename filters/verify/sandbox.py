@@ -87,9 +87,10 @@ def main() -> None:
         if (fork := os.fork()) == 0:
             try:
                 os.close(heard)
-                if not (line := sys.stdin.buffer.readline()):
+                if line := sys.stdin.buffer.readline():
+                    _run_one(json.loads(line), reply)
+                else:
                     print("it gets no standard input (docker and podman need -i)", flush=True)
-                _run_one(json.loads(line), reply)
             finally:
                 os.kill(os.getpid(), signal.SIGKILL)  # what failed is not the program
         os.close(reply)

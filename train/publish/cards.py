@@ -62,11 +62,8 @@ def model_card(
 
     recipe = with_system_of_rows(recipe, lineage["train"])
     origin, teachers = lineage["train"]["initialised_from"], _terms(recipe, taught_by(recipe, lineage))
-    earlier = {
-        name: terms_of(name, read_card(known_files(name)).licence)
-        for name in lineage["train"].get("earlier_teachers", [])
-        if name not in teachers
-    }
+    names = lineage["train"].get("earlier_teachers", [])
+    earlier = {name: _terms_by_card(name) for name in names if name not in teachers}
     lineage = without_places(lineage, recipe)
     train = lineage["train"]
     adapter = train["weights"] != "full" if adapter is None else adapter
@@ -236,8 +233,12 @@ def _terms(recipe: Recipe, teachers: Collection[str]) -> dict[str, Terms | None]
 
 def _chain(teachers: Mapping[str, Terms | None], origin: str | None) -> LicenceChain:
     """`origin`: the model that the student was before training; None for a data set, and a new one."""
-    base = terms_of(origin, read_card(known_files(origin)).licence) if origin else None
-    return LicenceChain(teachers[strictest(teachers)], base, not origin)
+    return LicenceChain(teachers[strictest(teachers)], _terms_by_card(origin) if origin else None, not origin)
+
+
+def _terms_by_card(model: str) -> Terms | None:
+    """The terms of a model by its name and its own card."""
+    return terms_of(model, read_card(known_files(model)).licence)
 
 
 def _card(
