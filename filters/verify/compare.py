@@ -1,6 +1,7 @@
 """The verifiers `matches` and `choice`: the answer, or a part of it, against the reference or a list of labels."""
 
 import unicodedata
+from contextlib import suppress
 from datetime import date
 from typing import Annotated, Any, Literal, Self
 
@@ -15,8 +16,8 @@ from filters.verify.extract import (
     all_shown,
     boxed,
     canonical,
+    canonical_json,
     last_number,
-    parse_json,
     same_number,
     shown,
     with_decimal_point,
@@ -83,18 +84,18 @@ def _same_number(part: str, wanted: list[Any], tolerance: float | None) -> Verif
 
 
 def _same_json(part: str, reference: Any) -> Verified:
-    result = nfc(canonical(parse_json(part)))
-    wanted = nfc(canonical(reference if not isinstance(reference, str) else _text_or_json(reference)))
+    result, wanted = canonical_json(part), _as_json(reference)
     if result == wanted:
         return Verified(result=result)
     return Verified(Reason(rule="matches", found=shown(result), allowed=[shown(wanted)]), result=result)
 
 
-def _text_or_json(reference: str) -> Any:
-    try:
-        return parse_json(reference)
-    except Unreadable:
-        return reference
+def _as_json(reference: Any) -> str:
+    """A reference as JSON; a text may be JSON already."""
+    if isinstance(reference, str):
+        with suppress(Unreadable):
+            return canonical_json(reference)
+    return nfc(canonical(reference))
 
 
 def _text(given: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 from pydantic import Field, ValidationInfo
 
-from filters.answer import Answer, Pattern, RuleSettings
+from filters.answer import Answer, Pattern, RuleSettings, nfc
 from filters.verify.guard import Unreadable, Unverified
 from filters.verify.worker import call
 
@@ -174,10 +174,10 @@ def boxed(text: str) -> str | None:
     return None
 
 
-def parse_json(text: str) -> Any:
-    """A JSON text, or the fenced block that holds it. Raises Unreadable saying what is wrong with it."""
+def canonical_json(text: str) -> str:
+    """The `canonical` of a JSON text, or of the fenced block that holds it. Raises Unreadable saying what is wrong."""
     try:
-        return msgspec.json.decode(fenced_block(text.removeprefix("\ufeff"), "json"))
+        return nfc(canonical(msgspec.json.decode(fenced_block(text.removeprefix("\ufeff"), "json"))))
     except RecursionError:
         raise Unreadable("json", "nested too deep") from None
     except (msgspec.MsgspecError, UnicodeError) as error:  # the latter for half a surrogate pair

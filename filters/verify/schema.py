@@ -10,7 +10,7 @@ import msgspec
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationInfo, model_validator
 
 from filters.answer import Answer, RuleSettings, Verified, nfc
-from filters.verify.extract import PatternSettings, beside_recipe, canonical, parse_json, shown
+from filters.verify.extract import PatternSettings, beside_recipe, canonical, canonical_json, shown
 from filters.verify.worker import call
 from pipeline.records import BOM, Json, Reason
 
@@ -43,7 +43,7 @@ class JsonSchemaSettings(PatternSettings):
 
 def json_schema(answer: Answer, settings: JsonSchemaSettings) -> Verified:
     """Drops an answer that is not JSON, or that its schema refuses."""
-    value = nfc(canonical(parse_json(settings.part_of(answer))))
+    value = canonical_json(settings.part_of(answer))
     wrong = call(VALIDATION, "first_error", settings._schema, value, seconds=settings.seconds)
     if wrong:
         where, message = wrong
@@ -73,11 +73,14 @@ def tool_calls(answer: Answer, settings: ToolCallsSettings) -> Verified:
             return Verified(Reason(rule="tool_calls", what="name", found=name, allowed=allowed))
         try:
             given = _read(arguments)
+            as_json = nfc(canonical(given))
+        except RecursionError:
+            return Verified(_wrong(name, "nested too deep"))
         except ValueError as error:
             return Verified(_wrong(name, str(error)))
         if parameters := functions[name].get("parameters"):
             schema = nfc(msgspec.json.encode(parameters).decode())
-            if wrong := call(VALIDATION, "first_error", schema, nfc(canonical(given)), seconds=settings.seconds):
+            if wrong := call(VALIDATION, "first_error", schema, as_json, seconds=settings.seconds):
                 return Verified(_wrong(name, f"{wrong[1]:.200} (at {wrong[0]})"))
         result.append([name, given])
     return Verified(result=nfc(canonical(result)))
@@ -91,8 +94,6 @@ def _read(arguments: str) -> Json:
     """Arguments that are a JSON object. Raises ValueError saying what else they are."""
     try:
         given: Any = msgspec.json.decode(arguments)
-    except RecursionError:
-        raise ValueError("nested too deep") from None
     except (msgspec.DecodeError, UnicodeError) as error:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(given, dict):

@@ -266,9 +266,11 @@ def test_temporary_folders_may_be_in_the_working_folder(
 def test_programs_share_a_sandbox_and_nothing_else(settings: RuleSettings) -> None:
     meddles = "import ast, json, sys\njson.loads = ast.parse = None\nsys.left = 1\nopen('left', 'w')\n" + ADD
     assert said(meddles, settings, "assert add(1, 2) == 3") == "passes"
-    assert said("import os, sys; raise Exception(os.listdir(), hasattr(sys, 'left'))", settings).endswith("([], False)")
     (box,) = programs._waiting[os.getpid(), False]
-    assert len(list(Path(f"/proc/{box.process.pid}/fd").iterdir())) == 3
+    files = sorted(Path(f"/proc/{box.process.pid}/fd").iterdir())
+    assert said("import os, sys; raise Exception(os.listdir(), hasattr(sys, 'left'))", settings).endswith("([], False)")
+    assert sorted(Path(f"/proc/{box.process.pid}/fd").iterdir()) == files  # nothing of either is left open
+    assert all("libffi" in file.readlink().name for file in files[3:])  # some systems' ctypes keeps its library open
 
 
 def test_a_program_is_not_in_the_memory_that_the_next_one_has(settings: RuleSettings) -> None:

@@ -91,12 +91,18 @@ def settings(shop: Path) -> RuleSettings:
         (f"{NUMBERS} LIMIT 2000) SELECT printf('%.*c', 1000, 'x') FROM n", "SELECT 1", "sql size"),
         (f"{NUMBERS}) SELECT max(i) FROM n", "SELECT 1", "sql time"),
         ("SELECT " + "(" * 10_000 + "1" + ")" * 10_000, "SELECT 1", "sql error"),
-        ("SELECT printf('%.*c', 2000000000, 'x')", "SELECT 1", "unverified sql"),
     ],
 )
 def test_sql(settings: RuleSettings, query: str, reference: str | None, expected: str) -> None:
     assert outcome(verify("sql", query, settings, reference)) == expected
     assert outcome(verify("sql", CITIES, settings, CITIES)) == "passes"  # the next one is judged, nothing is lost
+
+
+def test_a_text_that_memory_cannot_hold_ends_its_query_alone(settings: RuleSettings) -> None:
+    """SQLite's releases differ on whether it is the query's fault."""
+    said = verify("sql", "SELECT printf('%.*c', 2000000000, 'x')", settings, "SELECT 1")
+    assert outcome(said) in ("sql error", "unverified sql")
+    assert outcome(verify("sql", CITIES, settings, CITIES)) == "passes"
 
 
 def test_results_of_the_same_rows_are_the_same(settings: RuleSettings) -> None:

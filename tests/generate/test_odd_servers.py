@@ -234,7 +234,7 @@ def test_an_answer_s_end_has_openai_s_name(said_by_server: str, recorded: str) -
         (said("text", message={"tool_calls": [{"function": {"name": "f", "arguments": 5}}]}), "wrong_shape"),
         (said([{"type": "image_url"}]), "empty_answer"),
         (said(5), "wrong_shape"),
-        (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "wrong_shape"),
+        (b'{"a":' + b"[" * 1_000_000 + b"]" * 1_000_000 + b"}", "wrong_shape"),
         (b'data: {"choices":[]}\n\ndata: [DONE]\n\n', "not_json"),
         ('{"choices":[{"message":{"content":"한글"}}]}'.encode("cp949"), "not_json"),
     ],
