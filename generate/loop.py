@@ -19,23 +19,12 @@ from generate.dialect import Dialect
 from generate.endpoint import Endpoint
 from generate.fleet import Fleet
 from generate.jobs import Job, completed, failed, outcomes
+from generate.refusals import Refusals
 from generate.reply import Answer, Choices, Fault
 from generate.schedule import BACKOFF, Schedule, wait_s
-from generate.verdict import (
-    REFUSED_LATER,
-    EndRun,
-    Fail,
-    Pause,
-    Relearn,
-    Retry,
-    State,
-    Verdict,
-    decide,
-    paused_too_long,
-    refused_by_all,
-)
-from pipeline.errors import AllRefused, DistillError
-from pipeline.records import Failure, Usage
+from generate.verdict import EndRun, Fail, Pause, Relearn, Retry, State, Verdict, decide, paused_too_long
+from pipeline.errors import DistillError
+from pipeline.records import Usage
 
 GRACE_S = 5.0  # how long requests in flight may still end when the user stops the run, or their server is down
 SYNC_INTERVAL_S = 1.0  # at most this much is lost in a power cut
@@ -70,12 +59,8 @@ class Loop:
         self._in_flight: set[asyncio.Task[None]] = set()
         self._changed = fleet.changed  # also set when a request has ended, or the run is to end
         self._ended_by: Outcome = None  # None: it goes on
-        self._answered_at = monotonic()  # the last answer, or the start
-        self._limited = dict[str, float]()  # request id: its first 429 since the last answer; oldest first
+        self._refusals = Refusals(run, monotonic())
         self._waits_until = inf  # time.monotonic: how long a run that is to end waits for what is in flight
-        self._held_back: list[list[Failure]] = []  # the last refusals, all alike, with nothing else between
-        self._failed_limited: list[list[Failure]] = []  # by 429; kept back until the next answer
-        self._only_refused = True  # the call has had nothing else at all
 
     async def run(self) -> Outcome:
         """Sends every request and returns how that ended."""
@@ -89,7 +74,7 @@ class Loop:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             self._fleet.count()
-        return self._ended_by or self._all_sent()
+        return self._ended_by or self._refusals.all_sent()
 
     def interrupt(self) -> bool:
         """Ends the run: nothing new, and a short grace for what is in flight; a second call ends it at once.
@@ -116,6 +101,7 @@ class Loop:
     def _end(self, why: BaseException, *, grace_s: float = inf) -> None:
         """The run is to end, for the first reason given, and waits so long for what is in flight."""
         self._ended_by = self._ended_by or why
+        self._refusals.end()
         self._waits_until = min(self._waits_until, monotonic() + grace_s)
         self._changed.set()
 
@@ -194,7 +180,7 @@ class Loop:
     async def _follow(self, attempt: Attempt, fault: Fault, now: float) -> None:
         job, endpoint = attempt.job, attempt.endpoint
         if fault.error == "rate_limited":
-            self._limited.setdefault(job.request.id, now)
+            self._refusals.saw_429(job.request.id, now)
         state = State(
             endpoint.name,
             key=endpoint.client.key,
@@ -203,10 +189,10 @@ class Loop:
             step=endpoint.step(attempt.sent),
             all_down_s=self._fleet.all_down_s(now),
             others_up=self._fleet.others_up(endpoint),
-            refused_alike=self._refused_alike(job, fault),
-            quiet_s=now - self._answered_at,
-            limited_s=now - next(iter(self._limited.values()), now),
-            limited=len(self._limited),
+            refused_alike=self._refusals.alike(job, fault),
+            quiet_s=self._refusals.quiet_s(now),
+            limited_s=self._refusals.limited_s(now),
+            limited=self._refusals.limited,
             idle=self._run.counters.in_flight == 0,
             has_time=endpoint.timeout_s(job.spent_s) > 0,
             teaches=self._dialect.teaches(fault, job),
@@ -234,12 +220,10 @@ class Loop:
             case Fail():
                 took = now - attempt.sent
                 failures = failed(job, fault, endpoint=endpoint.url, sampling=attempt.sampling, latency_s=took)
-                if verdict.held_back and fault.error == "rate_limited":
-                    self._failed_limited.append(failures)
-                elif verdict.held_back:
-                    self._held_back.append(failures)
+                if verdict.held_back:
+                    self._refusals.hold_back(failures)
                 else:
-                    self._release()
+                    self._refusals.release()
                     self._run.record_failures(*failures)
             case EndRun():
                 if not self._ended_by:  # of many at once the first is told
@@ -257,10 +241,7 @@ class Loop:
         answers = [(part, outcome) for part, outcome in parts if isinstance(outcome, Answer)]
         if not answers:
             return []
-        self._release()
-        self._record(self._failed_limited)  # the limit was for these requests alone, or is over
-        self._limited.clear()
-        self._answered_at = now
+        self._refusals.answered(now)
         endpoint, latency_s = attempt.endpoint, now - attempt.sent
         records = [
             completed(part, answer, latency_s=latency_s, endpoint=endpoint.url, sampling=attempt.sampling)
@@ -271,40 +252,6 @@ class Loop:
         for _, answer in answers:
             endpoint.answered(answer, attempt.job.choices, attempt.sent, now)
         return [answer.usage for _, answer in answers]
-
-    def _refused_alike(self, job: Job, fault: Fault) -> int:
-        """How many requests in a row were refused as this one was, this one included; 0: it is this prompt's fault."""
-        if not self._only_refused and fault.error != REFUSED_LATER:
-            return 0
-        first = self._held_back[0][0] if self._held_back else fault
-        if (first.error, first.status) != (fault.error, fault.status):
-            return 0
-        if fault.error != "thought_cut_off":
-            return len(self._held_back) + 1
-        # Where some thoughts had room, others may need more. A stage that measures its models wants their silence, too.
-        if self._run.had_answers or (self._run.dir.internal and not self._run.dir.first):
-            return 0
-        # The samples of one prompt that is too hard are one.
-        return len({held[0].prompt_id for held in self._held_back} | {job.request.prompt_id})
-
-    def _release(self) -> None:
-        """There was something other than one kind of refusal: the refused requests were at fault themselves."""
-        self._only_refused = False
-        self._record(self._held_back)
-
-    def _record(self, held_back: list[list[Failure]]) -> None:
-        """Records these failures, and empties the list; of a run that ends they are asked again by the next call."""
-        while held_back and not self._ended_by:
-            self._run.record_failures(*held_back.pop(0))
-
-    def _all_sent(self) -> Outcome:
-        """The end of a run that has sent everything; with nothing but 403 in answer, ever, it is not finished."""
-        never_answered = self._only_refused and not self._run.had_answers
-        if self._held_back and never_answered and (first := self._held_back[0][0]).error == "forbidden":
-            return AllRefused(refused_by_all(first, first.endpoint, len(self._held_back)))
-        self._release()
-        self._record(self._failed_limited)
-        return None
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
