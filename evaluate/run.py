@@ -78,20 +78,19 @@ def evaluate_run(
     nothing, `speed=False` starts no server, `force` measures again what is cached. Raises UsageError if there is no
     student or no test row, and what the judge raises once the report is written.
     """
-    plan = make_plan(recipe, run, recipe_path, force=force and not report_only)
+    plan = make_plan(recipe, run, recipe_path, measure=not report_only, serve=speed, force=force)
     _tell_models(plan)
-    measure = not report_only
-    if measure and speed:
+    if plan.serve:
         _check_serving(plan)
-    scored = _score(plan, "perplexity", plan.rows, "test answers", measure=measure)
-    served = {subject.key: _serve_one(plan, subject, measure=measure and speed) for subject in plan.models}
+    scored = _score(plan, "perplexity", plan.rows, "test answers")
+    served = {subject.key: _serve_one(plan, subject) for subject in plan.models}
 
     def measured(name: str) -> dict[str, Any]:
         return {key: found[name] for key, found in served.items() if name in found}
 
     probed = measured("probes")
-    unseen = _score(plan, "unseen", _unseen_rows(plan, probed), "answers to unseen values", measure=measure)
-    judged, problem, error = _judge(plan, probed, measure=measure)
+    unseen = _score(plan, "unseen", _unseen_rows(plan, probed), "answers to unseen values")
+    judged, problem, error = _judge(plan, probed)
     if unanswered := _unanswered(plan, served):
         problem, error = "; ".join(filter(None, (unanswered, problem))), error or RequestsFailed(unanswered)
     results = Results(
@@ -108,7 +107,7 @@ def evaluate_run(
 
     old = read_report(run)
     current = old and old.fingerprint == report_fingerprint(plan, results) and run.report_html.is_file()
-    if old and current and measure and not problem:
+    if old and current and plan.measure and not problem:
         if read_lineage(run).get("evaluate", {}).get("fingerprint") != old.fingerprint:
             _record(run, old)  # the call that wrote the report was killed, or a training has removed the section
         say(f"{run.report}: the report is up to date (--force measures again)")
@@ -119,12 +118,14 @@ def evaluate_run(
         _tell_gone(old, report)
     publish(run, report)
     _record(run, report)
-    if error and measure:
+    if error and plan.measure:
         raise error
     return report
 
 
-def make_plan(recipe: Recipe, run: RunDir, recipe_path: Path, *, force: bool = False) -> Plan:
+def make_plan(
+    recipe: Recipe, run: RunDir, recipe_path: Path, *, measure: bool = True, serve: bool = True, force: bool = False
+) -> Plan:
     """Reads the run and chooses models, rows and prompts. Raises UsageError if there is no student or no test row."""
     models = subjects(recipe, run)
     test_rows = read_test(run)
@@ -145,7 +146,9 @@ def make_plan(recipe: Recipe, run: RunDir, recipe_path: Path, *, force: bool = F
         dtype=dtype,
         device=device,
         weights={subject.key: digest_subject(subject) for subject in models},
-        force=force,
+        measure=measure,
+        serve=measure and serve,
+        force=measure and force,
     )
 
 
@@ -166,7 +169,7 @@ def _tell_models(plan: Plan) -> None:
             say(note)
 
 
-def _score(plan: Plan, name: str, rows: Sequence[Kept], what: str, *, measure: bool) -> dict[str, PerplexityResult]:
+def _score(plan: Plan, name: str, rows: Sequence[Kept], what: str) -> dict[str, PerplexityResult]:
     """How every model scores the rows."""
     found = {}
     for subject in plan.models if rows else ():
@@ -175,7 +178,7 @@ def _score(plan: Plan, name: str, rows: Sequence[Kept], what: str, *, measure: b
         asked = as_asked(plan.recipe, subject, rows)
         entry = plan.entry(name, subject, asked)
         result = None if plan.force else entry.read(PerplexityResult)
-        if result is None and measure:
+        if result is None and plan.measure:
             say(f"{subject.label}: perplexity of {len(rows)} {what} ({plan.dtype} on {plan.device})")
             try:
                 scores = measure_perplexity(subject, asked, plan.recipe.train, dtype=plan.dtype, device=plan.device)
@@ -235,13 +238,13 @@ def _interview(
     return Measurement(f"{len(prompts)} prompts ({name})", ProbeResult, plan.entry(name, subject, asked), ask)
 
 
-def _serve_one(plan: Plan, subject: Subject, *, measure: bool) -> dict[str, Any]:
+def _serve_one(plan: Plan, subject: Subject) -> dict[str, Any]:
     """What is measured of one model, on one server; of a teacher elsewhere, its answers."""
     wanted, found = _measurements(plan, subject), dict[str, Any]()
-    if not (plan.force and measure):
+    if not (plan.force and plan.serve):
         cached = {name: one.entry.read(one.kind) for name, one in wanted.items()}
         found = {name: result for name, result in cached.items() if result}
-    missing = {name: one for name, one in wanted.items() if measure and (name not in found or _failed(found[name]))}
+    missing = {name: one for name, one in wanted.items() if plan.serve and (name not in found or _failed(found[name]))}
     if not missing:
         return found
     what, url = " and ".join(one.what for one in missing.values()), plan.recipe.teacher.url
@@ -306,16 +309,14 @@ def _unseen_rows(plan: Plan, probed: dict[str, ProbeResult]) -> list[Kept]:
     return [row for row in rows if row.prompt_id in unseen and row.text and not plan.rules.reasons(as_answer(row))]
 
 
-def _judge(
-    plan: Plan, probed: dict[str, ProbeResult], *, measure: bool
-) -> tuple[JudgeResult | None, str, DistillError | None]:
+def _judge(plan: Plan, probed: dict[str, ProbeResult]) -> tuple[JudgeResult | None, str, DistillError | None]:
     """What the judge says; what of it is missing, and the error that is raised for it once the report is written."""
     judge, answers = find_judge(plan.recipe, plan.run), probe_answers(plan.probes, probed)
     if judge is None or not any(answers.values()):
         return None, "", None
     entry = Entry(plan.run.path / FOLDER / "judged.json", judged_fingerprint(judge, answers))
     judged, missing = entry.read(JudgeResult), "The judge's scores and win rates are not complete: "
-    if measure and (judged is None or judged.failed or plan.force):
+    if plan.measure and (judged is None or judged.failed or plan.force):
         name, url = judge.endpoint.model, judge.endpoint.url
         if is_loopback(url) and not is_port_open(url):
             why = f"The judge was not asked: nothing answers at {url}; start {name} there, and evaluate again."

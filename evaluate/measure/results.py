@@ -218,6 +218,8 @@ class Plan:
     dtype: str
     device: str
     weights: dict[str, str]  # model: what identifies its weights
+    measure: bool  # what is not cached
+    serve: bool  # start servers, for what needs one
     force: bool  # measure again what is cached
 
     def entry(self, name: str, subject: Subject, inputs: Sequence[Kept | Prompt]) -> Entry:
