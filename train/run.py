@@ -5,16 +5,13 @@ test.jsonl, student/ (by rename) and the `train` section of lineage.json. Checkp
 is saved: after a kill, the same command continues from the last one.
 """
 
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterable
 from contextlib import nullcontext
-from datetime import UTC, datetime
 from functools import partial
 from itertools import takewhile
-from math import isfinite, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +21,8 @@ from rich.console import Console
 from pipeline.adapters import check_whole
 from pipeline.checks import Check
 from pipeline.errors import RecipeError
-from pipeline.instructions import shared_system, system_of_student, told_to_teacher
-from pipeline.lineage import read_lineage, versions, with_section, write_lineage
+from pipeline.instructions import told_to_teacher
+from pipeline.lineage import read_lineage, with_section, write_lineage
 from pipeline.loaded_model import context_of
 from pipeline.progress import reporting, reporting_time
 from pipeline.reasoning import reasoning_form
@@ -34,7 +31,6 @@ from pipeline.records import Kept
 from pipeline.resources import GIB
 from pipeline.rundir import RunDir, share_files, sync_path, sync_tree, write_file, write_jsonl, writing_weights
 from pipeline.students import origin_of, trained_section
-from pipeline.train_config import FURTHER
 from pipeline.turns_and_tools import template_turns
 from train.checkpoints import AGAIN, FINGERPRINT, check_no_link, open_work, training_in
 from train.checks.before import check_on_policy, extra_needed
@@ -46,6 +42,7 @@ from train.preferences import Pairs, check_start, checks_of, learned, learned_fr
 from train.processes import ALONE, Processes, launched
 from train.publish.cards import CARD, model_card
 from train.rates import with_learning_rate
+from train.record import initialised_from, lineage_section, template_options, training_fingerprint, training_log
 from train.rows import Parts, read_parts, to_examples
 from train.setting import Setting
 from train.student import initial_student, load_tokenizer
@@ -55,18 +52,6 @@ if TYPE_CHECKING:
     from train.trainer import Prepared
 
 TRAINING_LOG = "training_log.json"
-MARGIN = "eval_rewards/margins"  # TRL's name
-# Settings that change no weight, but for rounding. train.micro_batch_size is treated so, too: with gold it changes
-# weights a little (the loss is a mean of each pass), but a training that ran out of memory must go on with less.
-SAME_RESULT = {
-    "test_rows",
-    "checkpoint_steps",
-    "gradient_checkpointing",
-    "compile",
-    "report_to",
-    "accept",
-    "teacher_licence",
-}
 
 
 def train_run(
@@ -107,7 +92,7 @@ def train_run(
             _complete(recipe, run, work, parts)
         return
     check_no_link(run.student, run.student_sft, work)
-    earlier = earlier_teachers(str(start) if start else _initialised_from(recipe))
+    earlier = earlier_teachers(str(start) if start else initialised_from(recipe))
     logprobs = run.logprobs if recipe.train.kd.teacher == "stored" else run.teacher_logprobs
     setting = Setting(recipe.train, work, console, processes, recipe.teacher, logprobs)
     with extra_needed():
@@ -123,7 +108,7 @@ def train_run(
     _learn(prepared, work)
     if processes.lead:
         log = training_log(prepared, recipe, rows) | {"learning_rate_default": rate}
-        section = _lineage_section(recipe, log, parts.train, earlier) | {"precision": prepared.precision}
+        section = lineage_section(recipe, log, parts.train, earlier) | {"precision": prepared.precision}
         section |= {"processes": processes.count, "fingerprint": fingerprint, "too_long_dropped": prepared.too_long}
         section["built" if student.built else "base"] = origin_of(student, run)
         section |= {"weights": "full", "start": trained_section(start)} if start else {}  # a whole model is saved
@@ -234,13 +219,7 @@ def _of_teacher(row: Kept, recipe: Recipe) -> dict[str, Any]:
         before = [*takewhile(lambda turn: turn.role != "assistant", before)]
     told = template_turns(told_to_teacher(before, recipe.teacher))
     stripped = bool(row.reasoning) and recipe.train.reasoning == "strip"
-    return {"id": row.id, "told": told, "template": _template_options(recipe), "stripped": stripped}
-
-
-def _template_options(recipe: Recipe) -> dict[str, Any]:
-    """What the teacher's chat template is given at its endpoint, as `enable_thinking: false`."""
-    options: dict[str, Any] = recipe.sampling.extra.get("chat_template_kwargs") or {}
-    return options
+    return {"id": row.id, "told": told, "template": template_options(recipe), "stripped": stripped}
 
 
 def _on_pairs(
@@ -252,95 +231,6 @@ def _on_pairs(
     prepared = prepare_dpo(start, pairs, recipe, setting)
     of_tokens = list(token_checks(prepared, [pair.id for part in pairs for pair in pairs[part]], recipe.train))
     return prepared, settle(of_tokens, run, setting, force=force, earlier=checks_of(start))
-
-
-def training_fingerprint(recipe: Recipe, run: RunDir, start: Path | None = None) -> str:
-    """Hash of all that determines the trained student: rows, parts, settings, student, the teacher it is cut from.
-
-    In soft methods also what the teacher is told, unless its answers are stored.
-    `start`: the student that a further method starts from.
-    """
-    config = recipe.train
-    unused = {"start"} | {name for name in FURTHER if name != config.method}
-    unused |= set() if config.soft else {"kd"}
-    settings = {
-        "train": config.model_dump(mode="json", exclude=SAME_RESULT | unused) | {"micro_batch_size": None},
-        "parts": recipe.prompts.parted_by,
-        "student": recipe.student.model_dump(mode="json") if recipe.student else None,
-        "teacher": recipe.teacher.model,
-    }
-    if config.soft and config.kd.teacher != "stored":
-        settings |= recipe.teacher.model_dump(mode="json", include={"system", "examples"}, exclude_defaults=True)
-        settings |= {"template": options} if (options := _template_options(recipe)) else {}
-    if recipe.student and not recipe.student.built and (base := origin_of(recipe.student, run)):
-        settings["base"] = base
-    if start:
-        settings["start"] = trained_section(start).get("fingerprint")
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    own = {"dpo": run.preferences, "kd": run.logprobs if config.kd.teacher == "stored" else None}.get(config.method)
-    for path in filter(None, (run.kept, config.test_rows, own if own and own.is_file() else None)):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def training_log(prepared: "Prepared", recipe: Recipe, rows: dict[str, int]) -> dict[str, Any]:
-    """The loss curves and what they cost. `rows`: how many there are in each part.
-
-    `loss`: what is minimised, a mean over the completion tokens of each step. `eval`: the cross-entropy per token
-    of the validation answers, in nats, which can be compared between methods. `saved_step`: the step of the weights
-    that were kept. `margin`: of preferences, the mean reward of the better answer over the worse, at each evaluation.
-    `peak_memory_bytes`: what this process held at once, of the GPU's memory or else of the machine's.
-    """
-    from train.machine import peak_memory
-
-    state = prepared.trainer.state
-    # A training that diverged ends with NaN.
-    steps = [entry for entry in state.log_history if isfinite(entry.get("loss", nan))]
-    evaluations = [entry for entry in state.log_history if isfinite(entry.get("eval_loss", nan))]
-    return {
-        "loss": [{name: entry[name] for name in ("step", "epoch", "loss", "learning_rate")} for entry in steps],
-        "eval": [{"step": entry["step"], "epoch": entry["epoch"], "loss": entry["eval_loss"]} for entry in evaluations],
-        "margin": [entry[MARGIN] for entry in evaluations if MARGIN in entry],
-        **{f"{part}_rows": count for part, count in rows.items()},
-        "saved_step": prepared.saved_step,
-        "tokens": state.num_input_tokens_seen,  # padding not counted
-        "peak_memory_bytes": peak_memory(),
-        "wall_s": max((entry.get("elapsed_s", 0.0) for entry in state.log_history), default=0.0),
-        **{name: getattr(recipe.train, name) for name in ("method", "weights", "seed")},
-    }
-
-
-def _lineage_section(recipe: Recipe, log: dict[str, Any], rows: Iterable[Kept], earlier: list[str]) -> dict[str, Any]:
-    assert recipe.student is not None
-    return {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "student": recipe.student.model,
-        "system": system_of_student(recipe),
-        "system_of_rows": shared_system(row.messages for row in rows),
-        "teacher": recipe.teacher.model,
-        "initialised_from": _initialised_from(recipe),
-        "earlier_teachers": earlier,
-        "parts": recipe.prompts.parted_by,
-        "hyperparameters": recipe.train.model_dump(mode="json"),
-        **{name: log[name] for name in ("method", "weights", "seed", "saved_step", "learning_rate_default")},
-        "rows": log["train_rows"],
-        "validation": log["validation_rows"],
-        "test": log["test_rows"],
-        "steps": log["loss"][-1]["step"],
-        "loss": log["loss"][-1]["loss"],
-        "peak_memory_bytes": log["peak_memory_bytes"],
-        "validation_loss": next(entry["loss"] for entry in log["eval"] if entry["step"] == log["saved_step"]),
-        "versions": versions("accelerate", "datasets", "peft", "torch", "transformers", "trl"),
-    }
-
-
-def _initialised_from(recipe: Recipe) -> str | None:
-    """The model whose weights the student began with; None of a new one."""
-    assert recipe.student is not None
-    if recipe.student.new:
-        return None
-    return recipe.teacher.model if recipe.student.made else recipe.student.model
 
 
 def _is_trained(run: RunDir, work: Path, fingerprint: str) -> bool:

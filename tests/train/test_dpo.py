@@ -16,8 +16,9 @@ from pipeline.rundir import RunDir
 from pipeline.students import trained_section
 from tests.tiny_student import kept_row, log_of, make_recipe, make_run, story_rows, tiny_model
 from train.preferences import read_pairs, start_of
+from train.record import training_fingerprint
 from train.rows import read_parts
-from train.run import train_run, training_fingerprint
+from train.run import train_run
 from train.trainer import load_start
 
 

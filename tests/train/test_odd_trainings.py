@@ -22,8 +22,9 @@ from train.preferences import start_of
 from train.processes import ALONE
 from train.progress import Milestones
 from train.rates import warmup_steps
+from train.record import training_fingerprint
 from train.rows import to_examples
-from train.run import train_run, training_fingerprint
+from train.run import train_run
 from train.setting import Setting
 from train.trainer import prepare
 

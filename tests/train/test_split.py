@@ -12,8 +12,8 @@ from pipeline.errors import DataError
 from pipeline.prompts_config import PromptsConfig
 from pipeline.records import Kept
 from tests.tiny_student import ONE, kept_row, make_recipe, make_run
+from train.record import training_fingerprint
 from train.rows import Parts, part_rows, read_parts
-from train.run import training_fingerprint
 
 
 def rows_of(prompts: int, samples: int = 1) -> list[Kept]:

@@ -16,8 +16,9 @@ from tests.servers.fake_vllm import scoring
 from tests.tiny_student import SHAPE, kept_row, make_recipe, make_run, saved, story_rows, tiny_model
 from train import top_k
 from train.processes import ALONE, Processes
+from train.record import training_fingerprint
 from train.rows import to_examples
-from train.run import _of_teacher, training_fingerprint
+from train.run import _of_teacher
 from train.setting import Setting
 from train.tokens import MASKED, answered_row, key_of, prompt_of
 from train.told import TeacherPrompts, Told, told_prompts

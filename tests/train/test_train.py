@@ -43,8 +43,9 @@ from train.checkpoints import open_work
 from train.machine import activation_bytes
 from train.processes import Processes
 from train.progress import TrainProgress
+from train.record import training_fingerprint
 from train.rows import to_examples
-from train.run import train_run, training_fingerprint
+from train.run import train_run
 from train.setting import Setting
 from train.student_trainer import StudentTrainer
 from train.trainer import prepare
