@@ -1,6 +1,7 @@
 """`generate.mode: batch`: the same requests through the endpoint's Batch API, at half the price, within a day.
 
-Reads and writes the run's `batches/` (generate.batch_files) and its journals; generate.batch_api talks to the provider.
+Reads and writes the run's `batches/` (generate.batch_files) and its journals. generate.batch_api talks to the provider,
+generate.batch_budget keeps what it may cost.
 Safe against `kill -9` at any moment: the state is on disk before and after each step, a batch that may have been
 created is looked for before it is created again, and an answer that is collected twice is written once. `batches/` says
 what is under way, and what of a batch's cost the journals do not say: `spend.json` has nothing of it.
@@ -18,13 +19,13 @@ from openai.types import Batch
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
 
 from generate.batch_api import BatchApi
+from generate.batch_budget import BatchBudget
 from generate.batch_files import COLLECTED, ENDED, FULL, NO_LINE, NO_OUTCOME, Chunk, Folder, read_output
-from generate.budget import Budget, Reservation, known_price, most_of_batch, spend_under_way
+from generate.budget import Reservation
 from generate.context import Run
 from generate.idset import IdSet
 from generate.jobs import Job, completed, failed
 from generate.reply import Answer, Fault
-from generate.tokens import bound
 from generate.verdict import EndRun, State, decide, heals
 from pipeline.errors import DataError, DistillError, RecipeError, UsageError
 from pipeline.records import Usage
@@ -49,11 +50,7 @@ class Batches:
         self._dialect = run.dialect()  # each lesson costs the time of a batch
         self._done = IdSet()  # answered or failed for good, by this call
         self._tries: Counter[str] = Counter()  # of this call
-        # Reserves as run.budget would, but in memory: no spend file counts what `batches/` says is under way.
-        self._price = known_price(run.recipe)
-        self._limit = Budget(run.recipe.budget, self._price, run.budget.spent - spend_under_way(run.dir))
-        self._reserved: dict[str, Reservation] = {}
-        self._held: dict[str, Reservation] = {}  # by chunk: of the batches that earlier calls created
+        self._budget = BatchBudget(run)
         self.stopped = asyncio.Event()  # set by whoever wants `run` to end after the step that is under way
         self._poll_s = FIRST_POLL_S
         self._written_in = 0  # the version of the dialect in which this call wrote its chunks
@@ -113,44 +110,33 @@ class Batches:
         """Writes what is still to be asked, and can be paid, as new chunks; False if nothing is left to ask."""
         self._written_in = self._dialect.version
         left = (job for job in self._run.jobs() if job.request.id not in self._done)
-        chunks = self._folder.write(takewhile(self._reserve, left), self._price, self._most)
+        chunks = self._folder.write(takewhile(self._reserve, left), self._budget.price, self._most)
         if chunks:
             requests = sum(chunk.requests for chunk in chunks)
             over = self._run.counters.left - requests
             short = f"; the budget does not cover the other {over}, which are left out" if over else ""
             self._run.say(f"{requests} requests in {len(chunks)} batch file(s) in {self._folder.path}{short}")
         elif self._run.counters.left:
-            raise self._limit.reached()
+            raise self._budget.reached()
         return bool(chunks)
 
     def _reserve(self, job: Job) -> bool:
         """Encodes a request and reserves what it can cost; False if the budget does not cover it."""
-        reservation = self._limit.reserve(len(self._dialect.body(job)), job.request.sampling["max_tokens"])
-        if reservation is not None:
-            self._reserved[job.request.id] = reservation
-        return reservation is not None
+        return self._budget.reserve(job, len(self._dialect.body(job)))
 
     def _remember_live(self) -> None:
         """Reserves for the batches and the files of earlier calls.
 
-        A batch that was created counts in any case, at the price of then. A file whose batch is not known to be created
-        still has to be paid. It is stale if the limit does not cover it, or if one of its requests is no longer to be
-        asked.
+        A file is stale if the budget does not cover it, or if one of its requests is no longer to be asked.
         """
-        created = [chunk for chunk in self._folder.live if chunk.batch_id]
-        self._held = {chunk.name: self._limit.hold(most_of_batch(chunk)) for chunk in created}
+        self._budget.hold(chunk for chunk in self._folder.live if chunk.batch_id)
         chunks = {id_: chunk for chunk in self._folder.live for id_ in self._folder.sent(chunk)}
         for job in self._run.unanswered() if chunks else ():
             if (chunk := chunks.pop(job.request.id, None)) is None:
                 continue
-            size, max_tokens = len(self._dialect.body(job)), job.request.sampling["max_tokens"]
-            reservation = Reservation(bound(size), max_tokens, price=chunk.price)
-            if chunk.batch_id is None:
-                covered = self._limit.reserve(size, max_tokens) if self._run.left.has(job) else None
-                if covered is None:
-                    self._stale.add(chunk.name)
-                reservation = covered or reservation
-            self._reserved[job.request.id] = reservation
+            size, wanted = len(self._dialect.body(job)), self._run.left.has(job)
+            if not self._budget.take_over(job, size, chunk, wanted=wanted):
+                self._stale.add(chunk.name)
         self._stale |= {chunk.name for chunk in chunks.values() if chunk.batch_id is None}
 
     async def _follow(self) -> None:
@@ -166,7 +152,7 @@ class Batches:
         )
         while self._folder.live and not self.stopped.is_set():
             await persist(self._advance_all)
-            self._run.counters.in_flight = len(self._reserved)
+            self._run.counters.in_flight = len(self._budget.requests)
             if self._folder.live:
                 await self._pause(self._next_poll_s())
 
@@ -257,17 +243,12 @@ class Batches:
 
     def _give_up(self, chunk: Chunk, why: str) -> None:
         """Leaves a chunk that has no batch; its requests can be written again."""
-        self._release(chunk)
+        self._budget.release(chunk)
         for id_ in self._folder.sent(chunk):
-            self._settle(id_, None, chunk)
+            self._budget.settle(id_, None, chunk)
         chunk.collected = True
         self._folder.save()
         self._run.say(why)
-
-    def _release(self, chunk: Chunk) -> None:
-        """Gives back what is held for a batch of an earlier call: its requests count for themselves from now on."""
-        if held := self._held.pop(chunk.name, None):
-            self._limit.settle(held, None, billed=False)
 
     async def _wait_or_split(self, chunk: Chunk, batch_id: str, words: str) -> None:
         """The account has its limit of tokens enqueued: with others, this one waits; alone, it is too large.
@@ -295,26 +276,27 @@ class Batches:
             await self._wait_or_split(chunk, batch.id, words)
             return
         sent = self._folder.sent(chunk)
-        asked = sent.keys() & self._reserved if batch.status != "failed" else ()  # one that failed was never at work
+        # One that failed was never at work.
+        asked = sent.keys() & self._budget.requests if batch.status != "failed" else ()
         outcomes: dict[str, Answer | Fault] = dict.fromkeys(asked, NO_LINE)
         for kind, file_id in (("error", batch.error_file_id), ("output", batch.output_file_id)):
             if file_id:
                 file = self._folder.file(chunk, kind)
                 await self._api.download(file_id, file)
                 outcomes |= read_output(file, self._api.words)
-        self._release(chunk)
-        before = self._limit.unsaid
+        self._budget.release(chunk)
+        before = self._budget.unsaid
         for id_, outcome in outcomes.items():
             # A call that was killed while it recorded has saved what the journal does not say.
-            if not chunk.collecting or (id_ in self._reserved and _is_counted(outcome)):
-                self._settle(id_, outcome, chunk)
+            if not chunk.collecting or (id_ in self._budget.requests and _is_counted(outcome)):
+                self._budget.settle(id_, outcome, chunk)
         if not chunk.collecting:
-            unsaid = self._limit.unsaid - before
+            unsaid = self._budget.unsaid - before
             chunk.collecting, chunk.unsaid_tokens, chunk.unsaid_cost = True, unsaid.tokens, unsaid.cost
             self._folder.save()
         self._record(outcomes, f"batch {batch.id}", sent)
         for id_ in sent:  # of a batch that failed, or charged by a call that was killed
-            self._settle(id_, None, chunk)
+            self._budget.settle(id_, None, chunk)
         for journal in self._run.journals:
             journal.sync()
         chunk.collected = True
@@ -364,26 +346,6 @@ class Batches:
         elif not heals(outcome) or job.attempts >= self._config.max_attempts:
             self._run.record_failures(*failed(job, outcome, endpoint=self._url, sampling=sampling))
             self._done.add(id_)
-
-    def _settle(self, id_: str, outcome: Answer | Fault | None, chunk: Chunk) -> None:
-        """Gives back what a request reserved, but for what it cost; None: no outcome, and no cost.
-
-        Where the provider did not count, it costs the most that it can. One that reserved nothing, as nobody asks for
-        it, costs the same as others; where the provider did not count, as a request of its chunk can on average.
-        """
-        usage, reserved = (outcome and outcome.usage) or Usage(), self._reserved.pop(id_, None)
-        if outcome and (isinstance(outcome, Answer) or outcome.status == 200):
-            most = reserved or Reservation(
-                usage.prompt_tokens or -(-chunk.prompt_tokens // chunk.requests),
-                usage.completion_tokens or chunk.completion_tokens // chunk.requests,
-                price=chunk.price,
-            )
-            journaled = [usage] if reserved and isinstance(outcome, Answer) else []
-            if usage.prompt_tokens is None or usage.completion_tokens is None:
-                usage = Usage(prompt_tokens=most.prompt_tokens, completion_tokens=most.max_tokens)
-            self._limit.settle(most, usage, billed=True, journaled=journaled)
-        elif reserved:
-            self._limit.settle(reserved, None, billed=False)
 
     def _say_live(self) -> None:
         """Says which batches go on without this call."""
