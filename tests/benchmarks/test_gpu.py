@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +30,7 @@ def test_each_step_leaves_its_rows_and_a_failed_one_its_error(
     monkeypatch.setattr("sys.argv", ["gpu", "--out", str(tmp_path), "--small", "--steps", "unknown,smollm2"])
     gpu.main()
     machine, failed, skipped = rows_of(tmp_path)
-    assert machine["step"] == "machine" and machine["torch"] == torch.__version__
+    assert machine["step"] == "machine" and machine["torch"] == version("torch")
     assert failed == {"step": "unknown", "error": "status 1: KeyError: 'unknown'"}
     assert skipped == {"step": "smollm2", "skipped": "--smollm2 FOLDER was not given"}
     assert "smollm2: --smollm2 FOLDER was not given" in capsys.readouterr().out.split("| step")[1]
