@@ -131,6 +131,7 @@ def make_plan(
     test_rows = read_test(run)
     rows = choose_rows(test_rows, recipe.evaluate.max_rows)
     dtype, device = choose_precision(models)
+    timing = speed_prompts(recipe, run, rows)
     return Plan(
         recipe=recipe,
         folder=recipe_path.parent,
@@ -139,7 +140,8 @@ def make_plan(
         models=models,
         test_rows=len(test_rows),
         rows=rows,
-        timing=speed_prompts(recipe, run, rows),
+        timing=timing,
+        timing_answers=speed_prompts(recipe, run, rows, taken=timing) if recipe.evaluate.verify else [],
         probes=choose_probes(recipe, run, test_rows),
         verify=verify_rules(recipe, recipe_path),
         questions=choose_questions(recipe, run, test_rows),
@@ -154,7 +156,7 @@ def make_plan(
 
 def _check_serving(plan: Plan) -> None:
     """Raises UsageError if servers would refuse what they are asked, or lm-eval's command is missing."""
-    check_tools(plan.recipe, [*plan.timing, *plan.probes.all, *plan.questions.all])
+    check_tools(plan.recipe, [*plan.timing, *plan.timing_answers, *plan.probes.all, *plan.questions.all])
     if plan.recipe.evaluate.lm_eval:
         find_command()
 
@@ -208,7 +210,7 @@ def _measurements(plan: Plan, subject: Subject) -> dict[str, Measurement]:
         entry, timing = plan.entry("speed", subject, plan.timing), partial(measure_speed, recipe, prompts=plan.timing)
         found["speed"] = Measurement("its speed", SpeedResult, entry, timing)
     if here or (subject.key == TEACHER and recipe.evaluate.ask_teacher):
-        timed = len(plan.questions.seen) if here and subject.key in (TEACHER, AFTER) else 0
+        timed = plan.timing_answers if here and subject.key in (TEACHER, AFTER) else []
         if plan.probes.all:
             found["probes"] = _interview(plan, subject, "probes", plan.probes.all)
         if plan.questions.all:
@@ -222,20 +224,21 @@ def _measurements(plan: Plan, subject: Subject) -> dict[str, Measurement]:
 
 
 def _interview(
-    plan: Plan, subject: Subject, name: str, prompts: list[Prompt], *, told: bool = False, timed: int = 0
+    plan: Plan, subject: Subject, name: str, prompts: list[Prompt], *, told: bool = False, timed: Sequence[Prompt] = ()
 ) -> Measurement:
-    """Prompts that a model answers. `told`: a student is told what the teacher is told. `timed`: how many of them, from
-    the first on, are asked once more to time the answers.
+    """Prompts that a model answers. `told`: a student is told what the teacher is told. `timed`: others, asked before
+    them to time the answers.
     """
-    asked = as_asked(plan.recipe, subject, prompts, told=told)
+    asked, timing = (as_asked(plan.recipe, subject, ours, told=told) for ours in (prompts, timed))
 
     def ask(server: Server | None, folder: Path) -> ProbeResult:
         recipe = with_server(plan.recipe, server) if server else with_rest_of_budget(plan.recipe, folder, name)
         if name == "probes":
             return answer_probes(recipe, folder / name, prompts, asked)
-        return answer_questions(recipe, folder / name, prompts, asked, asked[:timed])
+        return answer_questions(recipe, folder / name, prompts, asked, timing)
 
-    return Measurement(f"{len(prompts)} prompts ({name})", ProbeResult, plan.entry(name, subject, asked), ask)
+    entry = plan.entry(name, subject, [*asked, *timing])
+    return Measurement(f"{len(prompts)} prompts ({name})", ProbeResult, entry, ask)
 
 
 def _serve_one(plan: Plan, subject: Subject) -> dict[str, Any]:

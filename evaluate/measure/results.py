@@ -211,7 +211,8 @@ class Plan:
     models: list[Subject]
     test_rows: int
     rows: list[Kept]  # of them, chosen for perplexity
-    timing: list[Prompt]
+    timing: list[Prompt]  # for tokens per second
+    timing_answers: list[Prompt]  # for answers per second
     probes: ProbePrompts
     verify: RuleSet
     questions: ProbePrompts  # that `verify` is about

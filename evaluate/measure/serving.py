@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -150,15 +150,22 @@ def _seconds_of(replies: Sequence[Completion | Failure]) -> float:
     return max(ends, default=0.0) - min(starts, default=0.0)
 
 
-def speed_prompts(recipe: Recipe, run: RunDir, rows: Sequence[Kept]) -> list[Prompt]:
-    """Different prompts for the timing, as many as it can use: the test prompts first, then the run's others."""
+def speed_prompts(recipe: Recipe, run: RunDir, rows: Sequence[Kept], taken: Sequence[Prompt] = ()) -> list[Prompt]:
+    """Different prompts for a timing, as many as it can use: those of the test rows first, then the run's others.
+
+    Those that are `taken` come last: what a server has read once it need not read again, and is faster.
+    """
     wanted = recipe.evaluate
     count = WARM_UP_REQUESTS + wanted.speed_alone + wanted.speed_requests * wanted.speed_repeats
-    found = {row.prompt_id: Prompt(id=row.prompt_id, **asked_fields(row)) for row in rows}
-    others = read_jsonl(run.prompts, Prompt) if run.prompts.is_file() else iter(())
-    while len(found) < count and (prompt := next(others, None)):
-        found.setdefault(prompt.id, prompt)
-    return list(islice(found.values(), count))
+    of_rows = (Prompt(id=row.prompt_id, **asked_fields(row)) for row in rows)
+    others = read_jsonl(run.prompts, Prompt) if run.prompts.is_file() else ()
+    seen, found = {prompt.id for prompt in taken}, dict[str, Prompt]()
+    for prompt in chain(of_rows, others):
+        if len(found) == count:
+            break
+        if prompt.id not in seen:
+            found.setdefault(prompt.id, prompt)
+    return [*found.values(), *taken][:count]
 
 
 def with_server(

@@ -135,6 +135,16 @@ def test_timed_requests_of_test_rows_have_the_tools_that_the_others_have(tmp_pat
     assert [prompt.tools for prompt in prompts] == [tools, []]
 
 
+def test_prompts_that_were_timed_before_come_last(tmp_path: Path, recipe: Recipe) -> None:
+    run, count = RunDir(tmp_path), 8 + 3 + 2 * 7  # a warm-up, alone, and two bursts
+    others = [Prompt(id=f"{i}", messages=ROWS[0].messages) for i in range(30)]
+    run.prompts.write_bytes(b"".join(map(encode_line, others)))
+    first = speed_prompts(recipe, run, ROWS)
+    second = speed_prompts(recipe, run, ROWS, taken=first)
+    assert [prompt.id for prompt in first] == [*(row.prompt_id for row in ROWS), *(f"{i}" for i in range(count - 3))]
+    assert second == [*others[count - 3 :], *first[: 2 * count - 33]]
+
+
 def test_one_server_gives_speed_and_probes(tmp_path: Path, recipe: Recipe, started: Callable[..., list[str]]) -> None:
     run = RunDir(tmp_path)
     others = [kept_row(i, f"other {i}", "") for i in range(3, 6)]

@@ -69,6 +69,7 @@ def recipe_of(path: Path, **sections: Any) -> Recipe:
 def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
     """Puts made-up servers in place; gives the models that were served, and for what."""
     log: list[tuple[str, list[str]]] = []
+    timed = set[str]()
 
     @contextmanager
     def serve_subject(recipe: Recipe, run: RunDir, subject: Subject) -> Iterator[tuple[Any, Path]]:
@@ -77,6 +78,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
 
     def measure_speed(recipe: Recipe, server: Any, folder: Path, prompts: Sequence[Prompt]) -> SpeedResult:
         log[-1][1].append("speed")
+        timed.update(prompt.id for prompt in prompts)
         return SpeedResult(
             device="cpu",
             dtype="float32",
@@ -93,16 +95,18 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
         return ProbeResult(answers=[answer_row(model, p, SAID[model].format(**p.slots)) for p in prompts])
 
     def question(
-        recipe: Recipe, folder: Path, prompts: Sequence[Prompt], asked: Sequence[Prompt], timed: Sequence[Prompt]
+        recipe: Recipe, folder: Path, prompts: Sequence[Prompt], asked: Sequence[Prompt], timing: Sequence[Prompt]
     ) -> ProbeResult:
         model = recipe.teacher.model
         if model not in SAID:
-            return answer_questions(recipe, folder, prompts, asked, timed)
+            return answer_questions(recipe, folder, prompts, asked, timing)
         told = asked[0].messages[0].content == "Add."
-        log[-1][1].append(f"verify{' told' * told}{' timed' * bool(timed)}")
+        log[-1][1].append(f"verify{' told' * told}{' timed' * bool(timing)}")
+        assert timed.isdisjoint(prompt.id for prompt in timing)  # the server has read those
+        assert not timing or told == (timing[0].messages[0].content == "Add.")
         knows = {"teacher": 9, "student_before": 3 if told else 0, "student_after": 8}[model]  # of every ten
         answers = [answer_row(model, p, str(p.columns["n"] + (p.columns["n"] % 10 >= knows))) for p in prompts]
-        bursts = [Burst(10, 1, 90, 3.0 if model == "teacher" else 1.0)] * bool(timed)
+        bursts = [Burst(10, 1, 90, 3.0 if model == "teacher" else 1.0)] * bool(timing)
         return ProbeResult(answers=answers, bursts=bursts)
 
     monkeypatch.setattr(evaluate.run, "answer_questions", question)
@@ -373,7 +377,15 @@ def verified(tmp_path: Path, run: RunDir, **sections: Any) -> Recipe:
     ]
     run.prompts.write_bytes(b"".join(map(encode_line, [*prompts, prompts[0]])))
     rule = {"rule": "function", "file": "right.py", "name": "right"}
-    evaluate = {"verify": [rule], "category": "kind", "probes": 0, "unseen": {}, **sections.pop("evaluate", {})}
+    evaluate = {
+        "verify": [rule],
+        "category": "kind",
+        "probes": 0,
+        "unseen": {},
+        "speed_requests": 2,  # so that there are prompts for both timings
+        "speed_alone": 2,
+        **sections.pop("evaluate", {}),
+    }
     told = {"system": "Add.", **sections.pop("teacher", {})}
     recipe = recipe_of(tmp_path, evaluate=evaluate, teacher=told, **sections)
     return recipe.model_copy(update={"prompts": recipe.prompts.model_copy(update={"test": 1.0})})
