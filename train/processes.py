@@ -5,6 +5,7 @@ first. The launcher sets RANK, WORLD_SIZE and what else it was told in the envir
 or each machine has a folder of its own, in which its first process writes what the others read.
 """
 
+import atexit
 import os
 import sys
 from contextlib import AbstractContextManager
@@ -68,13 +69,14 @@ class Processes:
     def leave(self) -> None:
         """Waits for the others, closes the connection to them, and ends this process with code 0; alone: does nothing.
 
-        It ends at once: torch's caches hold FSDP's mesh to the end of Python and beyond, and a thread of gloo that then
-        still runs can abort the process.
+        Python's own end is left out, but for what is registered for it (a tracker's last upload): torch's caches hold
+        FSDP's mesh that long, and a thread of gloo that then still runs can abort the process.
         """
         if self.count > 1:
             state = _state()
             state.wait_for_everyone()
             state.destroy_process_group()
+            atexit._run_exitfuncs()
             for stream in filter(None, (sys.stdout, sys.stderr)):  # one that was closed is None
                 stream.flush()
             os._exit(0)
