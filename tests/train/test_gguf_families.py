@@ -11,6 +11,7 @@ import transformers
 from gguf import GGUFReader
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from pipeline.errors import DistillError
 from tests.tiny_student import SHAPE, make_recipe, saved, tiny_tokenizer
 from train.publish.to_gguf import _text, write_gguf
 
@@ -98,6 +99,16 @@ def test_a_token_that_the_model_has_no_place_for_is_not_missed(tmp_path: Path) -
     tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
     tokenizer.save_pretrained(folder)
     assert (tmp_path / write_gguf(make_recipe("x"), folder, tmp_path, name="x", kind="f16")).is_file()
+
+
+def test_a_tokenizer_that_llama_cpp_has_no_way_to_follow_is_refused(tmp_path: Path) -> None:
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "a"]
+    unigram = models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0, byte_fallback=True)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(unigram), unk_token="<unk>")
+    folder = saved(transformers.LlamaConfig(**TEXT | {"vocab_size": len(tokenizer)}), tmp_path / "student")
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(DistillError, match="its tokenizer is Unigram, which llama.cpp would split otherwise; serve it"):
+        write_gguf(make_recipe("x"), folder, tmp_path, name="x", kind="f16")
 
 
 def test_of_several_chat_templates_the_file_has_the_usual_one(tmp_path: Path) -> None:
