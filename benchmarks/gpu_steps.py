@@ -301,7 +301,7 @@ def fit(trainer: Any, method: str) -> Row:
 
     from benchmarks.training import Clock
     from train.machine import peak_memory
-    from train.trainer import quiet
+    from train.prepared import quiet
 
     clock, started = Clock(), time.perf_counter()
     trainer.add_callback(clock)

@@ -20,8 +20,9 @@ from evaluate.measure.results import ASKED_TEACHER, COMPARED, FOLDER, SCORED
 from evaluate.measure.serving import speed_prompts
 from evaluate.models import check_models
 from evaluate.run import say
-from experiments.arms import EXPERIMENTS, Arm, Design, Setup
+from experiments.arms import EXPERIMENTS
 from experiments.results import as_markdown, compare, write_results
+from experiments.runs import Arm, Design, Setup
 from filters.run import recipe_rules
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import RecipeError, RequestsFailed, UsageError

@@ -30,7 +30,8 @@ from evaluate.measure.probes import choose_probes, choose_questions
 from evaluate.measure.results import FOLDER, JudgeResult, PerplexityResult, ProbeResult, Result, read_result, read_test
 from evaluate.report.charts import dot_panel
 from evaluate.report.html import draw_svg
-from experiments.arms import EXPERIMENTS, Arm, Design, Setup
+from experiments.arms import EXPERIMENTS
+from experiments.runs import Arm, Design, Setup
 from pipeline.errors import DataError
 from pipeline.lineage import spent_on_answers
 from pipeline.rundir import write_file

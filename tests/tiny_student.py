@@ -128,5 +128,5 @@ def train_unsaved(recipe: Recipe, run: RunDir) -> None:
     from train.run import train_run
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("train.trainer.Prepared.save", interrupted)
+        patch.setattr("train.prepared.Prepared.save", interrupted)
         train_run(recipe, run)

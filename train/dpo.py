@@ -14,6 +14,7 @@ from trl import DPOConfig, DPOTrainer
 
 from pipeline.recipe import Recipe
 from train.arguments import lora_config, training_arguments
+from train.load import load_start
 from train.machine import (
     check_machine,
     free_beside,
@@ -24,9 +25,9 @@ from train.machine import (
     weights_dtype,
 )
 from train.preferences import Pairs, to_pair
+from train.prepared import Prepared, quiet, ready
 from train.setting import Setting
 from train.student import load_tokenizer
-from train.trainer import Prepared, load_start, quiet, ready
 
 
 def prepare_dpo(start: Path, pairs: Pairs, recipe: Recipe, setting: Setting) -> Prepared:

@@ -17,7 +17,7 @@ from pipeline.students import origin_of, trained_section
 from pipeline.train_config import FURTHER
 
 if TYPE_CHECKING:
-    from train.trainer import Prepared
+    from train.prepared import Prepared
 
 MARGIN = "eval_rewards/margins"  # TRL's name
 # Settings that change no weight, but for rounding. train.micro_batch_size is treated so, too: with gold it changes

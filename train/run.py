@@ -49,7 +49,7 @@ from train.student import initial_student, load_tokenizer
 from train.teacher import earlier_teachers
 
 if TYPE_CHECKING:
-    from train.trainer import Prepared
+    from train.prepared import Prepared
 
 TRAINING_LOG = "training_log.json"
 

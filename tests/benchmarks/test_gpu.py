@@ -40,6 +40,7 @@ def test_a_step_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     assert gpu.run_apart("card", options(tmp_path, limit_s=0.01), str(tmp_path), tmp_path) == "more than 0.01 s"
 
 
+@pytest.mark.timeout(300)
 def test_training_is_compared_with_sft_trainer(tmp_path: Path) -> None:
     gpu.run_step("full", options(tmp_path), tmp_path / "results.jsonl")
     ours, ratio, theirs, compiled, _ = rows_of(tmp_path)

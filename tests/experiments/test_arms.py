@@ -11,10 +11,11 @@ from typing import Any
 import msgspec
 import pytest
 
-import experiments.arms
+import experiments.runs
 from evaluate.measure.probes import choose_questions
 from experiments.__main__ import share_measurements
-from experiments.arms import EXPERIMENTS, Arm, Setup
+from experiments.arms import EXPERIMENTS
+from experiments.runs import Arm, Setup
 from experiments.teachers import second_teacher
 from pipeline.errors import UsageError
 from pipeline.recipe import load_recipe
@@ -116,7 +117,7 @@ def test_arms_are_not_made_of_rows_that_change_meanwhile(tmp_path: Path, monkeyp
         monkeypatch.context() as patched,
         pytest.raises(UsageError, match=r"kept\.jsonl: filtered again while the arms"),
     ):
-        patched.setattr(experiments.arms, "write_lineage", filtered_meanwhile)  # the end of the first arm
+        patched.setattr(experiments.runs, "write_lineage", filtered_meanwhile)  # the end of the first arm
         EXPERIMENTS["seeds"].prepare(setup)
     arms = EXPERIMENTS["seeds"].prepare(setup).arms
     assert [len(list(read_jsonl(arm.run.kept, Kept))) for arm in arms] == [19, 19]

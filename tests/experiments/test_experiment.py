@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import evaluate.run
-import experiments.arms
+import experiments.runs
 import filters.__main__
 from evaluate.document import MEASURES, Estimate, read_report
 from evaluate.figures.quality import difference
@@ -23,8 +23,10 @@ from evaluate.report.charts import dot_panel
 from evaluate.report.html import draw_svg
 from evaluate.run import evaluate_run
 from experiments.__main__ import main
-from experiments.arms import EXPERIMENTS, Arm, Design, Setup, matched_epochs, read_human
+from experiments.arms import EXPERIMENTS, matched_epochs
+from experiments.human import read_human
 from experiments.results import Column, Comparison, _columns, conclusions, rows_of, write_results
+from experiments.runs import Arm, Design, Setup
 from generate.jobs import build_jobs
 from generate.prompts import iter_prompts
 from pipeline.errors import DataError, RecipeError, RequestsFailed, UsageError
@@ -129,8 +131,7 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             evaluate_run(recipe, run, path, speed=False)
         return 0
 
-    monkeypatch.setattr(experiments.arms, "stage", stage)
-    monkeypatch.setattr(experiments.arms, "stage", stage)
+    monkeypatch.setattr(experiments.runs, "stage", stage)
     return done
 
 
@@ -200,7 +201,7 @@ def test_what_is_finished_is_not_done_again(
 ) -> None:
     """Stopped in the second arm, it goes on there; other settings are another training; one measures for all."""
     flags = ["--shares", "50,60", "--match", "epochs"]
-    running, measuring = experiments.arms.stage, evaluate.run.measure_perplexity
+    running, measuring = experiments.runs.stage, evaluate.run.measure_perplexity
     measured: list[str] = []
 
     def measure(subject: Any, *rest: Any, **options: Any) -> Any:
@@ -214,10 +215,10 @@ def test_what_is_finished_is_not_done_again(
             raise KeyboardInterrupt
         return running(name, arm, *rest)
 
-    monkeypatch.setattr(experiments.arms, "stage", stopped)
+    monkeypatch.setattr(experiments.runs, "stage", stopped)
     with pytest.raises(KeyboardInterrupt):
         experiment("keep-rate", recipe, run, *flags)
-    monkeypatch.setattr(experiments.arms, "stage", running)
+    monkeypatch.setattr(experiments.runs, "stage", running)
     stages.clear()
     folder = experiment("keep-rate", recipe, run, *flags)
     assert stages == ["filters pool", "evaluate keep-50", "train keep-60", "evaluate keep-60"]
@@ -242,12 +243,12 @@ def test_what_is_finished_is_not_done_again(
 def test_an_evaluation_that_is_not_complete_goes_on_and_nothing_is_trained_twice(
     recipe: Path, run: RunDir, stages: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    running = experiments.arms.stage
+    running = experiments.runs.stage
 
     def failing(name: str, arm: RunDir, *rest: Any) -> int:
         return running(name, arm, *rest) or (4 if (name, arm.path.name) == ("evaluate", "seed-0") else 0)
 
-    monkeypatch.setattr(experiments.arms, "stage", failing)
+    monkeypatch.setattr(experiments.runs, "stage", failing)
     for trained in (["train seed-0", "train seed-1"], []):
         stages.clear()
         with pytest.raises(RequestsFailed, match="the same command makes them again"):
@@ -424,14 +425,14 @@ def test_a_recipe_that_changes_meanwhile_ends_the_experiment(
     recipe: Path, run: RunDir, stages: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its arms would differ by more than the seed."""
-    running = experiments.arms.stage
+    running = experiments.runs.stage
 
     def editing(name: str, arm: RunDir, *rest: Any) -> int:
         if name == "evaluate":
             recipe.write_text(recipe.read_text().replace("epochs: 1", "epochs: 2"))
         return running(name, arm, *rest)
 
-    monkeypatch.setattr(experiments.arms, "stage", editing)
+    monkeypatch.setattr(experiments.runs, "stage", editing)
     with pytest.raises(
         UsageError, match=r"recipe\.yaml: changed since the experiment began, .*the same command goes on"
     ):

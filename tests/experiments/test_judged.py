@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from experiments.arms import Setup, _answered
+from experiments.runs import Setup, answered
 from pipeline.recipe import load_recipe
 from pipeline.rundir import RunDir
 
@@ -38,9 +38,9 @@ def test_the_teacher_is_served_where_it_is_asked(
         yield
         served.clear()
 
-    monkeypatch.setattr("experiments.arms.teacher", serving)
-    monkeypatch.setattr("experiments.arms.pending", lambda *_: left)
-    monkeypatch.setattr("experiments.arms.stage", lambda name, *_: done.append(name + ", served" * bool(served)))
+    monkeypatch.setattr("experiments.runs.teacher", serving)
+    monkeypatch.setattr("experiments.runs.pending", lambda *_: left)
+    monkeypatch.setattr("experiments.runs.stage", lambda name, *_: done.append(name + ", served" * bool(served)))
     run = RunDir(tmp_path / "run")
-    _answered(Setup(load_recipe(path), path, [], run, run.path / "experiments", Namespace(), path.read_bytes()), run)
+    answered(Setup(load_recipe(path), path, [], run, run.path / "experiments", Namespace(), path.read_bytes()), run)
     assert done == asked

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiments.arms import EXPERIMENTS, Setup
+from experiments.arms import EXPERIMENTS
+from experiments.runs import Setup
 from filters.judgements import Judgement
 from filters.rows import as_dropped, as_kept
 from pipeline.lineage import record_lineage
@@ -54,7 +55,7 @@ def run(tmp_path: Path) -> RunDir:
 
 @pytest.fixture
 def setup(recipe: Path, run: RunDir, monkeypatch: pytest.MonkeyPatch) -> Setup:
-    monkeypatch.setattr("experiments.arms.pending", lambda *given: 0)
+    monkeypatch.setattr("experiments.runs.pending", lambda *given: 0)
     options = Namespace(shares="30,90", match="steps", kind="keep-rate")
     folder = run.path / "experiments" / "keep-rate"
     return Setup(load_recipe(recipe), recipe, [], run, folder, options, recipe.read_bytes())

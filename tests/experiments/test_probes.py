@@ -8,8 +8,8 @@ import yaml
 
 from evaluate.measure.probes import ProbePrompts
 from evaluate.measure.results import ProbeResult
-from experiments.arms import Arm, Setup
 from experiments.results import _probe_figures
+from experiments.runs import Arm, Setup
 from pipeline.recipe import load_recipe
 from pipeline.records import Kept, Message, Prompt
 from pipeline.rundir import RunDir

@@ -11,7 +11,7 @@ from evaluate.measure.pairwise import find_judge, judge_answers
 from evaluate.measure.results import JudgeResult
 from evaluate.measure.serving import answer_probes
 from experiments.__main__ import share_answers
-from experiments.arms import Arm, Setup
+from experiments.runs import Arm, Setup
 from pipeline.errors import BudgetReached
 from pipeline.recipe import load_recipe
 from pipeline.rundir import RunDir

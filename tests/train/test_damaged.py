@@ -17,10 +17,10 @@ from pipeline.students import check_trained
 from tests.full_disk import full_disk
 from tests.tiny_student import make_recipe, make_run, story_rows, train_unsaved
 from train.checkpoints import open_work
+from train.load import load_start
 from train.preferences import start_of
 from train.publish.export import export_model
 from train.run import train_run
-from train.trainer import load_start
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,11 @@ from pipeline.records import Message, Preference, encode_line
 from pipeline.rundir import RunDir
 from pipeline.students import trained_section
 from tests.tiny_student import kept_row, log_of, make_recipe, make_run, story_rows, tiny_model
+from train.load import load_start
 from train.preferences import read_pairs, start_of
 from train.record import training_fingerprint
 from train.rows import read_parts
 from train.run import train_run
-from train.trainer import load_start
 
 
 @pytest.fixture(scope="module")

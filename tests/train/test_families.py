@@ -14,11 +14,12 @@ from pipeline.adapters import load_merged
 from pipeline.errors import RecipeError
 from pipeline.students import after_training, before_training
 from tests.tiny_student import SHAPE, losses, make_recipe, make_run, saved, story_rows, tiny_model, tiny_tokenizer
+from train.load import load_start
 from train.rows import to_examples
 from train.run import train_run
 from train.setting import Setting
 from train.student import initial_student, layers_kept
-from train.trainer import load_start, prepare
+from train.trainer import prepare
 
 QUIET = Console(quiet=True)
 

@@ -15,6 +15,7 @@ from trl.experimental.gold import GOLDConfig, GOLDTrainer
 from pipeline.errors import RecipeError
 from pipeline.teacher_config import TeacherConfig
 from tests.tiny_student import log_of, losses, make_recipe, make_run, story_rows, tiny_model
+from train.prepared import Prepared
 from train.progress import TrainProgress
 from train.rows import to_examples
 from train.run import train_run
@@ -22,7 +23,7 @@ from train.setting import Setting
 from train.student_trainer import completion_logits
 from train.teacher import differing_tokens
 from train.tokens import MASKED
-from train.trainer import Prepared, prepare
+from train.trainer import prepare
 
 
 @pytest.fixture(scope="module")

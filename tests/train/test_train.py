@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -151,7 +152,7 @@ def test_a_student_is_stored_as_it_came_unless_rounding_undoes_what_it_learned(
 ) -> None:
     folder = tiny_model(tmp_path / "student")
     AutoModelForCausalLM.from_pretrained(folder).to(torch.bfloat16).save_pretrained(folder)
-    monkeypatch.setattr("train.trainer.ROUNDING_LOSS", allowed)
+    monkeypatch.setattr("train.prepared.ROUNDING_LOSS", allowed)
     run = make_run(tmp_path / "run", story_rows(10))
     train_run(make_recipe(str(folder)), run)
     saved = AutoModelForCausalLM.from_pretrained(run.student)
@@ -535,8 +536,13 @@ def test_a_killed_training_goes_on_where_it_was(
 
     step = random.randrange(4, 24)  # of 60
     process = subprocess.Popen([*command, str(killed.path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    reached = lambda: [int(one.name[11:]) for one in killed.path.glob("training/checkpoint-*")]  # noqa: E731
-    while max(reached(), default=0) < step:  # a poll may miss one: only the last two stay
+
+    def reached() -> int:
+        with suppress(FileNotFoundError):  # an empty folder is made anew at the start
+            return max((int(one.name[11:]) for one in killed.path.glob("training/checkpoint-*")), default=0)
+        return 0
+
+    while reached() < step:  # a poll may miss one: only the last two stay
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.005)
     time.sleep(random.random() / 20)

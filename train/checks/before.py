@@ -91,7 +91,7 @@ def check_student(recipe: Recipe) -> None:
             tokenizer = read_tokenizer(resolved)
             apply_template(tokenizer, student.chat_template)
         if recipe.train.loss_on == "all":
-            from train.trainer import check_marks  # here: trainers are slow to import
+            from train.load import check_marks  # here: torch and TRL are slow to import
 
             check_marks(tokenizer)
         check_template(recipe, tokenizer, stop_tokens(tokenizer, read_student(source, resolved)))
@@ -164,7 +164,7 @@ def check_followed(recipe: Recipe) -> None:
         reference = str(config.start)
     tokenizer = tokenizer_of(known_files(reference)) if reference else None
     if config.method == "gold":
-        from train.trainer import quiet  # here: trainers are slow to import
+        from train.prepared import quiet  # here: trainers are slow to import
 
         with quiet(), explained(f"teacher.model: cannot load {recipe.teacher.model}"):
             from train.gold import check_aligned
@@ -181,8 +181,8 @@ def check_on_policy(recipe: Recipe, run: RunDir, rows: Sequence[Kept], processes
     `rows`: what that student will be trained on.
     """
     from train.machine import check_machine
+    from train.prepared import quiet
     from train.top_k import COMPARED_ROWS, check_tokens, endpoint_client
-    from train.trainer import quiet
 
     check_machine(recipe.train, processes)
     with processes.lead_first():

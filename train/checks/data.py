@@ -18,7 +18,7 @@ from train.checks.run import graded
 from train.rows import Parts
 
 if TYPE_CHECKING:
-    from train.trainer import Prepared
+    from train.prepared import Prepared
 
 DROPPED_SHARE = 0.1  # of the rows, too long: with more, the student never sees long answers
 JUDGED_BY = ("model", "rubric", "min_score")  # of the judge's settings

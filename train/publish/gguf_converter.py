@@ -71,7 +71,7 @@ def _read_pieces(model: Any) -> None:
             raise FileNotFoundError(f"{self.dir_model}: its tokenizer has no pieces")  # bytes are tried then
         if "merges" not in tokenizer["model"]:  # Unigram: likely pieces, which are not joined two by two
             kind = tokenizer["model"]["type"]
-            raise NotImplementedError(f"its tokenizer is {kind}, which llama.cpp would split otherwise; serve it by vLLM")
+            raise NotImplementedError(f"its tokenizer is {kind}, which llama.cpp splits otherwise; serve it by vLLM")
         return _pieces(tokenizer, self.hparams["vocab_size"])
 
     def set_pieces(self: Any, add_to_gguf: bool = True) -> None:
