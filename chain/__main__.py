@@ -81,6 +81,7 @@ def run_stages(recipe: Recipe, run: RunDir, options: Namespace, *, asks: bool) -
 
     heading(1, f"generate: {recipe.teacher.model} answers")
     # A server takes a minute to start: only where there may be something to ask it.
+    asks &= recipe.prompts.answers is None
     with teacher(recipe, run) if asks or judges(recipe) else nullcontext() as keep_up:
         code = stage("generate", run, options.recipe, options.flags, keep_up)
         heading(2, "filters: what is worth learning from")

@@ -93,6 +93,8 @@ def _teachers(setup: Setup) -> Design:
     """The same prompts, rules and student; another teacher, with its own answers."""
     flags = second_teacher(setup.recipe.teacher, setup.options)
     recipe = load_recipe(setup.path, [*setup.flags, *flags])
+    if recipe.prompts.answers:
+        raise UsageError("prompts.answers: the second teacher would have the answers of the first; leave it out")
     other, wanted = RunDir(setup.folder / "b"), setup.options.b_model
     check_judges(setup.recipe, recipe)
     asked = read_lineage(other).get("generate", {}).get("teacher", {}).get("asked", wanted)

@@ -91,7 +91,8 @@ def answered(setup: Setup, run: RunDir, *flags: str, anew: bool = False) -> RunD
             why = f"{left:,} requests of this recipe are not answered" if left else changed
             say(f"warning: {run.path}: {why}; the arms learn from the rows there are (else generate and filter first)")
         return run
-    with teacher(recipe, run) if left or (stale and judges(recipe)) else nullcontext():
+    asks = left and recipe.prompts.answers is None
+    with teacher(recipe, run) if asks or ((left or stale) and judges(recipe)) else nullcontext():
         if left:
             setup.stage("generate", run, *flags)
         if left or stale:

@@ -13,7 +13,7 @@ from pathlib import Path
 from generate import dry_run
 from generate.progress import clock, requests_of
 from generate.prompts import iter_prompts
-from generate.run import Sender, check_stored, generate
+from generate.run import Sender, check_stored, generate, pending
 from generate.summary import Summary
 from generate.turns import passes
 from pipeline.cli import parse_stage, run_stage, stage_parser
@@ -53,12 +53,7 @@ def main() -> None:
     if recipe.evaluate.verify:
         _warn_untested(recipe)
     if options.dry_run:
-        check_stored(recipe, run)
-        first, folder = next(passes(recipe, run))
-        for line in dry_run.describe(first, dry_run.dry_run(first, folder, retry_failures=options.retry_failures)):
-            print(line)
-        if recipe.prompts.user:
-            print("this is the first answer only: the turns of prompts.user depend on it, and those to come cost more")
+        _dry_run(recipe, run, retry_failures=options.retry_failures)
         return
     summary = generate(
         recipe,
@@ -76,12 +71,26 @@ def main() -> None:
         again = "--retry-failures asks them again"
         if options.collect:
             again = f"--collect can bring their answers later, or {again}"
+        if recipe.prompts.answers:
+            again = "the same command takes in answers that come later"
         where = f"{run.failures}, or in those of its turns/," if recipe.prompts.user else f"{run.failures},"
         raise RequestsFailed(
             f"{summary.failed} of {summary.requests} requests failed for good"
             + (f" (now: {kinds})" if kinds else "")
             + f"; they are in {where} and {again}"
         )
+
+
+def _dry_run(recipe: Recipe, run: RunDir, *, retry_failures: bool) -> None:
+    if recipe.prompts.answers:
+        print(f"{recipe.name}: {pending(recipe, run):,} rows without an answer so far, which prompts.answers brings")
+        return
+    check_stored(recipe, run)
+    first, folder = next(passes(recipe, run))
+    for line in dry_run.describe(first, dry_run.dry_run(first, folder, retry_failures=retry_failures)):
+        print(line)
+    if recipe.prompts.user:
+        print("this is the first answer only: the turns of prompts.user depend on it, and those to come cost more")
 
 
 def _sender(address: str, store: str | None, recipe: Recipe, run: RunDir) -> Sender:

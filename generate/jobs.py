@@ -75,14 +75,15 @@ def build_jobs(prompts: Iterable[Prompt], recipe: Recipe, partition: Partition =
     """
     seen = IdSet()
     repeats: Counter[str] = Counter()
-    sampling, samples = recipe.sampling.fields(), recipe.prompts.samples
+    asked, samples = recipe.prompts.answers is None, recipe.prompts.samples
+    sampling = recipe.sampling.fields() if asked else {}
     for number, prompt in enumerate(prompts):
         question = prompt_id(prompt.messages, prompt.tools)
         if not seen.add(question):
             repeats[question] += 1
         if number % partition.of == partition.part:
             first = repeats.get(question, 0) * samples
-            told = told_to_teacher(prompt.messages, recipe.teacher)
+            told = told_to_teacher(prompt.messages, recipe.teacher) if asked else prompt.messages
             for sample in range(first, first + samples):
                 yield _build_job(prompt, told, recipe, sampling, sample)
 
@@ -92,7 +93,7 @@ def _build_job(prompt: Prompt, told: list[Message], recipe: Recipe, sampling: di
 
     If the recipe has none, neither has the request.
     """
-    model, endpoint = recipe.teacher.model, recipe.teacher.url
+    model, endpoint = recipe.teacher.model, recipe.teacher.url if recipe.prompts.answers is None else ""
     identity = [prompt.messages, sorted(sampling.items()), model, endpoint, sample]
     if told != prompt.messages or prompt.tools:  # otherwise nothing is added: old ids stay
         identity += [told, prompt.tools]

@@ -164,6 +164,10 @@ def _prompt_row(row: Json, config: PromptsConfig) -> PromptRow:
         if both := inner.keys() & columns.keys():
             raise ValueError(f"{', '.join(sorted(both))} stands both in `columns` and beside it; rename one")
         columns |= inner
+    if (answers := config.answers) is not None and answers not in columns:
+        if answers not in row:
+            raise ValueError(f"no column {answers!r}, which prompts.answers names; there are {', '.join(row)}")
+        columns[answers] = row[answers]  # it is another part, too, as the reference
     return msgspec.convert({**without_nulls(parts), "reference": parts.get("reference"), "columns": columns}, PromptRow)
 
 

@@ -19,6 +19,7 @@ from generate.batch_files import COLLECTED, under_way
 from generate.client import check_teacher
 from generate.context import Left, Outcome, Run, opened_run
 from generate.event_loop import on_signals, run_loop
+from generate.given import take_in
 from generate.idset import IdSet
 from generate.journal import read_journal
 from generate.metrics import served
@@ -69,6 +70,8 @@ def generate(
         check_stored(recipe, run)
     if recipe.prompts.user and (write_batches or collect):
         raise UsageError("batch files are of one pass, prompts.user has several: use generate.mode batch")
+    if recipe.prompts.answers and (write_batches or collect):
+        raise UsageError("prompts.answers: the rows bring their answers, so there is no batch; leave the flag out")
     done = []
     with run.locked(new=True):
         for asking, folder in passes(recipe, run):
@@ -77,6 +80,8 @@ def generate(
                     _batches(call).collect(collect)
                 elif not _has_work(call):
                     pass
+                elif recipe.prompts.answers:
+                    take_in(call)
                 elif write_batches:
                     for path in _batches(call).write():
                         call.say(str(path))
@@ -103,7 +108,9 @@ async def agenerate(
     with run.locked(new=True):
         for asking, folder in passes(recipe, run):
             with _opened(asking, folder, recipe, quiet=quiet, retry_failures=retry_failures) as (call, display):
-                if _has_work(call) and (outcome := await _send(call, display, signals=False)):
+                if recipe.prompts.answers:
+                    await asyncio.to_thread(take_in, call)
+                elif _has_work(call) and (outcome := await _send(call, display, signals=False)):
                     raise outcome
             done.append(summary_of(call))
     return sum_of_passes(done, run)
@@ -169,6 +176,7 @@ def _opened(
     However the block ends, what was done and spent is saved.
     """
     check_teacher(recipe.teacher)
+    retry_failures |= recipe.prompts.answers is not None  # a row that had no answer may have one now
     read_lineage(folder)  # raises now rather than at the end
     folder.path.mkdir(parents=True, exist_ok=True)
     counters = Counters()

@@ -91,8 +91,9 @@ def save(run: Run) -> None:
         "generate",
         {
             "teacher": {**_teachers(run), "served": sorted(answers.models)},
-            "endpoints": recipe.teacher.urls,
-            "sampling": recipe.sampling.fields(),
+            **({"given": given} if (given := recipe.prompts.answers) else {}),
+            "endpoints": [] if given else recipe.teacher.urls,
+            "sampling": {} if given else recipe.sampling.fields(),
             "prompts": {
                 "asked": counters.prompts,
                 "distinct": counters.distinct,

@@ -93,6 +93,8 @@ class PromptsConfig(Section):
     """Where a row has its `prompt` or `messages`, `reference`, `id`, `slots` and `tools`, if under other names."""
     json_columns: list[str] = Field([])
     """Columns whose text is JSON to be read, as in CSV; the text of all others stays as it is."""
+    answers: str | None = None
+    """A column that holds the teacher's answers already: they are taken in, and nothing is asked."""
     group: str | None = None
     """A column or slot: prompts with one value there are in one part (train, validation or test); null: none."""
 
@@ -118,8 +120,11 @@ class PromptsConfig(Section):
     def _one_source(self) -> "PromptsConfig":
         if (self.template is None) == (self.file is None):
             raise ValueError("give either `template` (with `slots` and `count`) or `file`")
-        if self.file is None and (self.split or self.columns or self.json_columns):
-            raise ValueError("`split`, `columns` and `json_columns` are for `file`; a template has no rows")
+        if self.file is None and (self.split or self.columns or self.json_columns or self.answers):
+            raise ValueError("`split`, `columns`, `json_columns` and `answers` are for `file`; a template has no rows")
+        if self.answers and (self.samples > 1 or self.user):
+            key = "samples" if self.samples > 1 else "user"
+            raise ValueError(f"answers: a row holds one answer, to its own question; leave out {key}")
         if self.template is not None and self.group not in (None, *self.slots):
             raise ValueError(
                 f"group: the template has no slot {self.group!r}; there are {', '.join(self.slots) or 'none'}"

@@ -91,6 +91,15 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _given_answers_have_no_logprobs(self) -> "Recipe":
+        if self.prompts.answers is not None and self.sampling.logprobs is not None:
+            raise ValueError(
+                f"sampling.logprobs is {self.sampling.logprobs}, but the answers of prompts.answers have none: leave "
+                "it out, and train with train.kd.teacher: local or served"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _samples_differ(self) -> "Recipe":
         if self.prompts.samples > 1 and self.sampling.temperature == 0:
             raise ValueError(

@@ -11,7 +11,6 @@ import yaml
 from filters.run import filter_run
 from generate.prompts import iter_prompts
 from generate.run import generate
-from pipeline.errors import BudgetReached
 from pipeline.instructions import asked_of_student
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.records import Completion, Dropped, Kept, Message, read_jsonl
@@ -80,39 +79,15 @@ def test_the_function_of_the_page_makes_rows_of_other_shapes(tmp_path: Path) -> 
     ]  # fmt: skip
 
 
-def test_the_program_of_the_page_takes_in_answers_that_are_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each row gets its own, whatever other rows ask. With the page's budget nothing is asked about a new row."""
-    monkeypatch.chdir(tmp_path)
-    first, told, last = ({"role": role, "content": "Hi"} for role in ("user", "assistant", "user"))
-    talks = [
-        [{"role": "system", "content": "Be kind."}, last],
-        [first, told, last],
-        [{**first, "content": "Yo"}, told, last],
-    ]
-    rows = [
-        *({"messages": talk, "output": f"reply {number}"} for number, talk in enumerate(talks)),
-        {"messages": [{"role": "user", "content": "I paid twice."}], "output": "어떤 청구서인가요?"},
-        {"messages": [{"role": "user", "content": "I paid twice."}], "output": "billing"},
-    ]
-    Path("talks.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    run = RunDir(Path("runs/my_tickets"))
-
-    with misbehaving(lambda asked: answer("from the teacher")) as server:
-        teacher = {
-            "model": "gpt-4.1",
-            "base_url": server.url,
-            "system": "Answer.",
-            "examples": [{"prompt": "a", "answer": "b"}],
-        }
-        recipe = {"name": "my_tickets", "teacher": teacher, "prompts": {"file": "talks.jsonl"}, "budget": {"tokens": 1}}
-        Path("mine.yaml").write_text(yaml.safe_dump(recipe))
-        exec(compile(program_of_page("custom_id"), "answers.py", "exec"), {})
-        generate("mine.yaml", run, quiet=True, collect=Path("answers.jsonl"))
-        assert [row.text for row in read_jsonl(run.completions, Completion)] == [row["output"] for row in rows]
-        assert all(row.columns == {"output": row.text} for row in read_jsonl(run.completions, Completion))
-        Path("talks.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"prompt": "New", "output": "new"}])))
-        with pytest.raises(BudgetReached):
-            generate("mine.yaml", run, quiet=True)
-        assert not server.asked
+def test_the_recipe_of_the_page_takes_in_answers_that_are_there(tmp_path: Path) -> None:
+    """Each row gets its own, and nobody is asked."""
+    (found,) = re.findall(r"```yaml\n(teacher: .*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(f"name: mine\n{found}")
+    rows = [("I paid twice.", "어떤 청구서인가요?"), ("I paid twice.", "billing"), ("It broke.", "returns, please")]
+    with (tmp_path / "tickets.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("text", "output"), *rows])
+    run = RunDir(tmp_path / "run")
+    assert generate(tmp_path / "mine.yaml", run, quiet=True).answered == 3
+    answers = [*read_jsonl(run.completions, Completion)]
+    assert [(row.messages[0].content, row.text) for row in answers] == rows
+    assert {row.model for row in answers} == {"gpt-4.1"}

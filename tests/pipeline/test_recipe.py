@@ -153,7 +153,7 @@ def test_a_section_of_the_wrong_shape_is_an_error_and_no_crash(path: Path, secti
         ("name: a", ["--teacher.price", "{{input: 1, output: 2}}"], """; give JSON: '{{"input": …, "output": …}}'"""),
         ("prompts: {template: x}", [], "{path}: prompts a template needs `count`"),
         ("prompts: {}", [], "{path}: prompts give either `template`"),
-        ("prompts: {count: 1, template: x, columns: {prompt: q}}", [], "`columns` and `json_columns` are for `file`"),
+        ("prompts: {count: 1, template: x, columns: {prompt: q}}", [], "`json_columns` and `answers` are for `file`"),
         ("prompts: {file: a.csv, reference: b}", [], "{path}: prompts reference is for a template"),
         ("prompts: {count: 1, template: x, slots: {a: []}}", [], "{path}: prompts slot `a` is empty"),
         ("prompts: {count: 1, template: x, validation: 0.5, test: 0.5}", [], "leave no prompt to train on"),

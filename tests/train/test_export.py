@@ -143,6 +143,19 @@ def test_cards_name_every_teacher_of_the_answers_and_follow_the_strictest_terms(
         assert "| teacher | gpt-4.1 | [OpenAI" in card.text
 
 
+def test_the_card_of_answers_that_were_there_names_no_sampling_and_no_model_that_made_them_up(
+    trained: tuple[Recipe, RunDir],
+) -> None:
+    recipe, run = trained
+    lineage = json.loads(run.lineage.read_bytes())
+    lineage["generate"] |= {"sampling": {}, "endpoints": [], "given": "output"}
+    prompts, parts = recipe.prompts.model_copy(update={"answers": "output"}), {"train": 8, "validation": 1, "test": 1}
+    asked = ModelCard(dataset_card(recipe, lineage, parts))
+    card = ModelCard(dataset_card(recipe.model_copy(update={"prompts": prompts}), lineage, parts))
+    assert "| sampling | not known: the answers were there already |" in card.text
+    assert {*asked.data.tags} - {*card.data.tags} == {"synthetic"}
+
+
 def test_cards_of_answers_that_people_wrote_and_nobody_counted_say_nothing_untrue(
     trained: tuple[Recipe, RunDir],
 ) -> None:

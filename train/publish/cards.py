@@ -139,7 +139,7 @@ def dataset_card(
         language=languages(recipe),
         task_categories=["text-generation"],
         size_categories=[next((name for below, name in SIZES if sum(rows.values()) < below), "n>1M")],
-        tags=[*TAGS, "synthetic"],
+        tags=[*TAGS, *(["synthetic"] if recipe.prompts.answers is None else [])],  # else people may have answered
         configs=[{"config_name": "default", "data_files": files}],
         dataset_info={"features": features} if features else None,
     )
