@@ -159,7 +159,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         reason = "no such recipe" if isinstance(error, FileNotFoundError) else error.strerror
         raise RecipeError(f"{path}: {reason}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of them: bytes that are no UTF-8, a huge number
         said = " ".join(str(error).split())
         fix = next((f"; {fix}" for part, fix in YAML_FIXES.items() if part in said), "")
         raise RecipeError(f"{path}: not YAML: {said}{fix}") from None

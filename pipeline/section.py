@@ -1,15 +1,18 @@
 """What all sections of a recipe share, and the small sections that several of them hold."""
 
+import json
 import math
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, AnyHttpUrl, BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import AfterValidator, AnyHttpUrl, BaseModel, ConfigDict, Field, TypeAdapter, field_validator
 from pydantic.fields import FieldInfo
 
 MOST_WEIGHT = 1000  # more is no weight: a port that was written after a space
 MOST_USD = 1e9  # more is a slip, and a number that overflows in pico-dollars
+HALF_PAIR = "half of a surrogate pair, which UTF-8 cannot write; write the character itself, or remove it"
 DEEPEST = 100  # levels of a value: deeper ones cannot be written, and an anchor within itself has no end
 
 
@@ -24,6 +27,19 @@ class Section(BaseModel):
         populate_by_name=True,
         serialize_by_alias=True,
     )
+
+    @field_validator("*")
+    @classmethod
+    def _can_be_written(cls, value: Any) -> Any:
+        if isinstance(value, Path):
+            if "\0" in str(value):
+                raise ValueError("holds NUL, which no file name can; remove it")
+            return value  # its bytes may be no UTF-8, as file names' may
+        try:
+            json.dumps(value, ensure_ascii=False, default=repr).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"holds {error.object[error.start]!r}, {HALF_PAIR}") from None
+        return value
 
 
 def section_of(field: FieldInfo) -> type[Section] | None:

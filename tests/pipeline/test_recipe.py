@@ -239,6 +239,15 @@ def test_a_section_of_the_wrong_shape_is_an_error_and_no_crash(path: Path, secti
             [],
             "got 'answer'; these map to your names, and the other columns travel along unnamed",
         ),
+        (
+            'teacher: {model: m, system: "Be kind \\ud83d\\ude00"}',  # as JSON escapes it
+            [],
+            "{path}: teacher.system holds '\\ud83d', half of a surrogate pair, which UTF-8 cannot write; write the",
+        ),
+        ('sampling: {extra: {stop: ["\\ud800"]}}', [], "{path}: sampling.extra holds '\\ud800', half of a surrogate"),
+        ("name: a", ["--teacher.system", "\udcff"], "--teacher.system: teacher.system holds '\\udcff', half of a"),
+        ('prompts: {file: "a\\0.csv"}', [], "{path}: prompts.file holds NUL, which no file name can; remove it"),
+        (f"budget: {{tokens: {'9' * 5000}}}", [], "{path}: not YAML: Exceeds the limit"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_place(path: Path, change: str, flags: list[str], said: str) -> None:
