@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import io
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -13,10 +12,10 @@ from rich.console import Console
 
 from chat.answer import LOOK_S, Answered, answer
 from chat.models import Model
+from pipeline.cli import CONTROL
 from pipeline.errors import DistillError
 from pipeline.records import Message
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what could move the cursor, or worse
 CLEAR = "/clear"
 
 

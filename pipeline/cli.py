@@ -7,6 +7,7 @@ to the parser and does its own work.
 import argparse
 import io
 import os
+import re
 import signal
 import stat
 import sys
@@ -23,6 +24,7 @@ from pipeline.recipe import Recipe, load_recipe
 from pipeline.rundir import RunDir
 from pipeline.settings_page import help_text
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what could move the cursor of a terminal, or worse
 GO_ON = "interrupted: run the same command again to go on"
 
 _hung_up = False
@@ -77,7 +79,7 @@ def run_stage(main: Callable[[], None]) -> NoReturn:
     """Runs a stage's main and exits: one line and the code for a known error, 130 for an interrupt.
 
     SIGTERM, and the hangup of a terminal unless it is ignored (nohup), are treated as Ctrl-C is. A character that the
-    terminal cannot show is written as its number.
+    terminal cannot show is written as its number, in an error also one that would steer it.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # it is None if it was closed
@@ -91,13 +93,13 @@ def run_stage(main: Callable[[], None]) -> NoReturn:
         _flush_output()  # an error is told below; Python's own exit code for it would be 120
     except DistillError as error:
         label = "error" if isinstance(error, UsageError) or error.exit_code == 1 else "stopped"
-        print(f"{label}: {error}", file=sys.stderr)
+        _print_error(f"{label}: {error}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print(GO_ON, file=sys.stderr)
         sys.exit(INTERRUPTED)
     except ImportError as error:  # a target of Make sets up what its own stage needs
-        print(f"error: {error}; `make setup` installs the packages of all stages", file=sys.stderr)
+        _print_error(f"error: {error}; `make setup` installs the packages of all stages")
         sys.exit(UsageError.exit_code)
     except BrokenPipeError:
         _discard_output(1)
@@ -107,9 +109,14 @@ def run_stage(main: Callable[[], None]) -> NoReturn:
             _flush_output()
         except OSError:  # it was this
             _discard_output(1)
-        print(f"error: {file_error(error, 'standard output or a file')}", file=sys.stderr)
+        _print_error(f"error: {file_error(error, 'standard output or a file')}")
         sys.exit(1)
     sys.exit(0)
+
+
+def _print_error(line: str) -> None:
+    """On standard error. A file's name, a column or a key in it may come from others, with escape sequences in it."""
+    print(CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", line), file=sys.stderr)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

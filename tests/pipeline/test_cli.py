@@ -29,6 +29,13 @@ from pipeline.errors import BudgetReached, DataError, DistillError, RecipeError,
             2,
             "error: No module named 'torch'; `make setup` installs the packages of all stages\n",
         ),
+        (DataError("a.csv:1: no column \x1b[31mq\x07\x9b"), 2, "error: a.csv:1: no column \\x1b[31mq\\x07\\x9b\n"),
+        (RecipeError("x.yaml: a\ny.yaml: b\tc"), 2, "error: x.yaml: a\ny.yaml: b\tc\n"),
+        (
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/\x1bx"),
+            1,
+            "error: runs/\\x1bx: No space left on device\n",
+        ),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x"), 1, "error: runs/x: No space left on device\n"),
         (  # of a copy, whose source is named first
             OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/y", None, "runs/x"),
