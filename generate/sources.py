@@ -81,19 +81,20 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
             except RecursionError:
                 raise DataError(f"{path}:{number}: {TOO_DEEP}") from None
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                why = HALF_PAIR if _has_half_pair(line) else f"{error}; {ACCEPTED}"
+                why = _python_only(line) or f"{error}; {ACCEPTED}"
                 raise DataError(f"{path}:{number}: {why}") from None
 
 
-def _has_half_pair(line: bytes) -> bool:
-    """Whether a line is JSON but for half of a surrogate pair: msgspec calls it truncated, or malformed."""
+def _python_only(line: bytes) -> str | None:
+    """What a line has that Python's `json` takes and writes, but JSON does not have: msgspec calls it malformed."""
+    constants = list[str]()
     try:
-        json.dumps(json.loads(line), ensure_ascii=False).encode()
+        json.dumps(json.loads(line, parse_constant=constants.append), ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        return True
+        return HALF_PAIR
     except (ValueError, RecursionError):
-        pass
-    return False
+        return None
+    return f"{constants[0]}, which JSON does not have; write null" if constants else None
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:

@@ -211,6 +211,8 @@ def test_a_files_count_takes_the_first_rows_and_no_row_twice(tmp_path: Path) -> 
         ('{"prompt": "a", "slots": {"n": 1}}', "$.slots"),
         ('{"prompt": "\\ud83d"}', "half of a surrogate pair, which UTF-8 cannot write; remove it"),
         ('{"prompt": "a \\udc00 b"}', "half of a surrogate pair"),
+        ('{"prompt": "a", "reference": NaN}', ":2: NaN, which JSON does not have; write null"),
+        ('{"prompt": "a", "reference": [-Infinity]}', ":2: -Infinity, which JSON does not have; write null"),
         ('{"prompt": "\\ud83d', "truncated"),
         pytest.param(
             '{"prompt": "a", "image": "%s"}' % ("x" * (16 << 20)),
