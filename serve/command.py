@@ -14,6 +14,7 @@ A flag or variable that the user gives always wins, and then appears once. Only 
 as if it were not given.
 """
 
+import glob
 import json
 import math
 import re
@@ -138,7 +139,7 @@ def build_command(
     """The command that serves `model` (a folder or a Hub id) under `served_name`.
 
     `environ` is the environment that the server inherits; a variable that it has stays as it is. Raises UsageError if
-    serve.args holds a flag that the user may not set, or a folder has no weights that vLLM is to load.
+    serve.args holds a flag that the user may not set, or vLLM would find no weights in a folder.
     """
     args, device = _checked(config.args), choose_device(config, machine)
     if device == "cpu" and _values(args).get("--max-model-len") in AUTO_CONTEXT:
@@ -146,6 +147,8 @@ def build_command(
     user = _values(args)
     if Path(model).is_dir() and facts.weight_bytes is None and user.get("--load-format") != "dummy":
         raise UsageError(f"model {model}: no *.safetensors in the folder; is it an adapter, or a broken copy?")
+    if Path(model).is_dir() and not glob.glob(f"{model}/*"):  # noqa: PTH207, this is how vLLM looks for the weights
+        raise UsageError(f"model {model}: vLLM takes the [brackets] in this path for a pattern; rename the folder")
     dtype = loaded_dtype(config, machine)
     memory = facts.weight_bytes_as(_in_memory(dtype, facts, device))
     flags = ["--model", model, "--served-model-name", served_name, "--host", host, "--port", str(port)]

@@ -270,6 +270,20 @@ def test_a_folder_without_weights_is_served_only_if_vllm_is_to_make_them_up(tmp_
     assert flag(build(**empty, args=["--load-format", "dummy"]), "--load-format") == "dummy"
 
 
+def test_a_path_that_vllm_takes_for_a_pattern_is_told_before_it_starts(tmp_path):
+    for name in ("run [1]", "run 1", "$(id) {x} *?'\"<b>"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(b"weights")
+        asked = {"model": str(folder), "facts": model_facts(str(folder), ask_hub=False)}
+        if name == "run [1]":
+            with pytest.raises(UsageError, match=r"run \[1\]: vLLM takes the \[brackets\] .*; rename the folder"):
+                build(**asked)
+        else:
+            assert flag(build(**asked), "--model") == str(folder)
+
+
 def threads(command: Command) -> dict[str, str]:
     """The variables that say how vLLM computes on a CPU."""
     names = ("VLLM_ENABLE_V1_MULTIPROCESSING", "OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND")
