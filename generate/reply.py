@@ -147,6 +147,7 @@ def read_choices(body: bytes, words: Callable[[str], str] = shortened, most: int
     if not reply.choices:
         return Fault("no_choices", f"no `choices` in the answer: {words(body.decode(errors='replace'))}", 200)
     choices, usage, model = reply.choices[:most], read_usage(reply.usage), _text(reply.model)
+    model = words(model) if model else model  # it is shown in cards, too
     said = [_said_by(choice.message) for choice in choices]
     if usage.completion_tokens == 0 and any(map(any, said)):  # a gateway that does not count
         usage = msgspec.structs.replace(usage, completion_tokens=None)
@@ -166,7 +167,7 @@ class _Said(NamedTuple):
 def _read(choice: _Choice, said: _Said, usage: Usage, model: str | None, words: Callable[[str], str]) -> Answer | Fault:
     """The answer of a choice, or why it is none."""
     reasoning, text, calls = said
-    reason = _text(choice.finish_reason) or "unknown"
+    reason = words(_text(choice.finish_reason) or "unknown")
     reason = ENDINGS.get(reason.lower(), reason)
     if broken := broken_off(reason, choice.error, words):
         return broken._replace(usage=usage)

@@ -114,9 +114,13 @@ def run_stage(main: Callable[[], None]) -> NoReturn:
     sys.exit(0)
 
 
+def printable(text: str) -> str:
+    """Text for a terminal, for what may come from others: a file's name, a column, a key, a value of a category."""
+    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
 def _print_error(line: str) -> None:
-    """On standard error. A file's name, a column or a key in it may come from others, with escape sequences in it."""
-    print(CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", line), file=sys.stderr)
+    print(printable(line), file=sys.stderr)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

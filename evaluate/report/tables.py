@@ -24,6 +24,7 @@ from evaluate.document import (
 )
 from evaluate.figures.promise import ratio_format
 from generate.progress import NodeCounts, clock
+from pipeline.cli import printable
 from pipeline.students import AFTER
 
 NOTHING = "–"
@@ -227,5 +228,5 @@ def _print_table(table: Table, console: Console) -> None:
         for row in table.rows:
             cells = ("\n".join(line.text for line in cell) for cell in row.cells[shown_here])
             short = (Text(cell.replace("better than", "▲").replace("worse than", "▼")) for cell in cells)
-            rich.add_row(Text(row.name), *short)
+            rich.add_row(Text(printable(row.name)), *short)  # a category is a value of the user's data
         console.print(rich)

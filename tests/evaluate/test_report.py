@@ -125,6 +125,16 @@ def test_names_that_look_like_markup_are_printed_as_they_are() -> None:
     assert "count [/kg] [red]" in printed(report)
 
 
+def test_a_category_does_not_steer_the_terminal() -> None:
+    report = verified_report()
+    assert report.accuracy is not None
+    categories = {"a\x1b[2J[/]": report.accuracy.categories["join, unseen"]}
+    said = printed(
+        msgspec.structs.replace(report, accuracy=msgspec.structs.replace(report.accuracy, categories=categories))
+    )
+    assert "\x1b" not in said and "a\\x1b[2J[/]" in said
+
+
 def test_right_answers_come_first_and_stand_by_model_category_and_reason() -> None:
     report = verified_report()
     lines = [line.strip() for line in printed(report).splitlines()]

@@ -211,6 +211,8 @@ def test_what_stands_beside_the_text_may_be_odd() -> None:
     found = answer_in(said("half \ud83d", 3, model=5, message={"reasoning_content": "hm"}))
     assert (found.text, found.finish_reason, found.model, found.usage) == ("half \ufffd", "unknown", None, Usage())
     assert answer_in(said(finish_reason=None)).finish_reason == "unknown"
+    steering = answer_in(said(finish_reason="\x1b[2Jdone", model="m\x1b]0;x\x07"))
+    assert (steering.finish_reason, steering.model) == ("[2Jdone", "m ]0;x")
     assert answer_in(said(score=float("nan"))).text == "text"  # which Python reads, and JSON has not
 
 
