@@ -15,6 +15,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from chain.__main__ import main
+from chain.stages import StageFailed
 from pipeline.errors import RecipeError, UsageError
 from pipeline.models import resolve_model
 from pipeline.records import Completion, Dropped, Kept, read_jsonl
@@ -286,3 +287,22 @@ def test_a_teacher_that_the_report_would_lack_is_told_at_the_start(
     flags += ["--teacher.model", "gpt-4.1-mini", "--teacher.base_url", "https://api.openai.com/v1"]
     main([str(recipe), "--run", str(tmp_path / "run"), *flags, "--evaluate.ask_teacher", ask, "--dry-run"])
     assert ("whose weights are not here; evaluate.ask_teacher: true" in capsys.readouterr().out) == (ask == "false")
+
+
+def test_no_server_is_started_for_answers_that_the_rows_bring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student, run = str(tiny_model(tmp_path / "student")), RunDir(tmp_path / "run")
+    (tmp_path / "rows.csv").write_text("prompt,output\nHi?,Hi.\nBye?,Bye.\n")
+    sections = {"teacher": {"model": student}, "student": {"model": student}}
+    recipe = {"name": "given", **sections, "prompts": {"file": "rows.csv", "answers": "output"}}
+    (tmp_path / "given.yaml").write_text(yaml.safe_dump(recipe))
+
+    def stop(name: str, *_: object) -> int:
+        raise StageFailed(name, 1)
+
+    monkeypatch.setattr("chain.__main__.teacher", lambda *_: pytest.fail("served"))
+    monkeypatch.setattr("chain.__main__.stage", lambda name, *given: 0 if name == "generate" else stop(name))
+    with pytest.raises(StageFailed, match="python -m filters"):
+        main([str(tmp_path / "given.yaml"), "--run", str(run.path), "--train.accept", "[licence,size_ratio]"])
+    assert "1/4 generate" in capsys.readouterr().out

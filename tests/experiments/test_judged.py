@@ -23,14 +23,14 @@ from pipeline.rundir import RunDir
         (5, {}, ["generate, served", "filters, served"]),
     ],
 )
+@pytest.mark.parametrize("given", [False, True], ids=["asked", "given"])
 def test_the_teacher_is_served_where_it_is_asked(
-    left: int, filters: dict[str, Any], asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    given: bool, left: int, filters: dict[str, Any], asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, done, served = tmp_path / "recipe.yaml", list[str](), list[RunDir]()
     teacher = {"model": "m", "base_url": "http://127.0.0.1:8123/v1"}
-    path.write_text(
-        yaml.safe_dump({"name": "t", "teacher": teacher, "prompts": {"template": "x", "count": 1}, "filters": filters})
-    )
+    prompts = {"file": "rows.csv", "answers": "output"} if given else {"template": "x", "count": 1}
+    path.write_text(yaml.safe_dump({"name": "t", "teacher": teacher, "prompts": prompts, "filters": filters}))
 
     @contextmanager
     def serving(recipe: object, run: RunDir) -> Iterator[None]:
@@ -43,4 +43,6 @@ def test_the_teacher_is_served_where_it_is_asked(
     monkeypatch.setattr("experiments.runs.stage", lambda name, *_: done.append(name + ", served" * bool(served)))
     run = RunDir(tmp_path / "run")
     answered(Setup(load_recipe(path), path, [], run, run.path / "experiments", Namespace(), path.read_bytes()), run)
+    if given and left:  # the rows bring them
+        asked = ["generate", "filters"]
     assert done == asked
