@@ -19,8 +19,8 @@ _encoder = msgspec.json.Encoder()
 def take_in(run: Run) -> None:
     """Records what each row that has no answer in the run brings.
 
-    Text is the answer, with its thoughts before it in `<think>…</think>`, if there are any; an object is a message,
-    which may call tools; another value is its JSON.
+    Text is the answer, with its thoughts before it in `<think>…</think>`, if there are any; an object with a `role` is
+    a message, which may call tools; another value is its JSON.
     """
     column = run.recipe.prompts.answers
     assert column is not None
@@ -36,5 +36,5 @@ def take_in(run: Run) -> None:
 def _read(given: Any, column: str) -> Answer | Fault:
     if given is None or given == "":
         return Fault("empty_answer", f"the row has no answer in its column {column!r}")
-    message = given if isinstance(given, dict) else {"content": as_text(given)}
+    message = given if isinstance(given, dict) and "role" in given else {"content": as_text(given)}
     return read_answer(_encoder.encode({"choices": [{"message": message, "finish_reason": "stop"}]}))

@@ -40,16 +40,17 @@ def test_each_row_brings_its_answer_and_nobody_is_asked(tmp_path: Path) -> None:
         row("c", {"role": "assistant", "content": None, "tool_calls": [CALL]}),
         row("d", 5),
         row("a", "Another."),
+        row("e", {"room": "attic", "device": "fan"}),
     ]
     run = RunDir(tmp_path / "run")
     with misbehaving(lambda asked: pytest.fail("asked")) as server:
         path = recipe_of(tmp_path, given, teacher={"model": "gpt-4.1", "base_url": server.url, "system": "Be kind."})
         summary = generate(path, run, quiet=True)
         assert not server.asked
-    assert (summary.answered, summary.failed, summary.requests, summary.prompt_tokens) == (5, 0, 5, 0)
+    assert (summary.answered, summary.failed, summary.requests, summary.prompt_tokens) == (6, 0, 6, 0)
     rows = [*read_jsonl(run.completions, Completion)]
     assert [(one.text, one.reasoning) for one in rows] == [
-        ("Ä.", ""), ("B.", "Hm."), ("", ""), ("5", ""), ("Another.", "")
+        ("Ä.", ""), ("B.", "Hm."), ("", ""), ("5", ""), ("Another.", ""), ('{"room":"attic","device":"fan"}', "")
     ]  # fmt: skip
     assert rows[2].tool_calls[0]["function"] == CALL["function"]
     assert {(one.model, one.finish_reason, one.endpoint, len(one.sampling)) for one in rows} == {
