@@ -166,7 +166,7 @@ def _texts(source: Source) -> Iterator[Text]:
             continue
         try:
             yield _text(line, start, source.kind)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise DataError(f"{source.file.name}:{number}: {error}") from None
 
 

@@ -62,7 +62,7 @@ class TeacherConfig(Section):
             return given
         try:
             return msgspec.json.Decoder().decode_lines(Path(given).read_bytes().removeprefix(BOM))
-        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise ValueError(f"{reason}: give a list or a JSONL file of {{prompt, answer}}") from None
 

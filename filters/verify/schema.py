@@ -29,7 +29,7 @@ class JsonSchemaSettings(PatternSettings):
             path = beside_recipe(schema, info)
             try:
                 schema = msgspec.json.decode(path.read_bytes().removeprefix(BOM))
-            except msgspec.DecodeError as error:
+            except (msgspec.DecodeError, RecursionError) as error:
                 raise ValueError(f"schema: {path}: {error}") from None
         from pipeline.json_schema import check_schema  # here: jsonschema is slow to import
 

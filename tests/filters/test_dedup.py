@@ -470,6 +470,9 @@ def test_a_bad_line_of_another_file_is_named_and_nothing_is_replaced(stage: Stag
     prompts.write_text('{"prompt": "곰"}\n\n{"question": "?"}\n')
     with pytest.raises(DataError, match=r"prompts\.jsonl:3: neither `messages` nor `prompt`"):
         stage.filter(rows, contamination=[str(prompts)])
+    prompts.write_text('{"prompt": "곰", "a": ' + "[" * 100_000)
+    with pytest.raises(DataError, match=r"prompts\.jsonl:1: "):
+        stage.filter(rows, contamination=[str(prompts)])
     assert stage.run.kept.read_bytes() == before
     assert not list(stage.run.path.glob("*.tmp"))
 

@@ -259,8 +259,10 @@ def test_a_schema_may_lie_beside_the_recipe(tmp_path: Any) -> None:
     (tmp_path / "ticket.json").write_text('{"type": "integer"}', encoding="utf-8-sig")  # with a byte order mark
     said = verify("json_schema", " 1.0 ", settings_of("json_schema", tmp_path, schema="ticket.json"))
     assert said == (None, None, "1")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
     for schema, problem in (
         ("none.json", "no such file"),
+        ("deep.json", "schema: .*deep.json: "),
         ({"type": "no"}, "not valid under any"),
     ):
         with pytest.raises(ValidationError, match=problem):

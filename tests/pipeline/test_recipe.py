@@ -493,6 +493,7 @@ def test_examples_for_the_teacher_come_from_the_recipe_or_a_file_beside_it(path:
     for content, said in (
         ('{"prompt": "p"}\n', r"examples\[0\].answer is missing"),
         ("a,b\n", "JSONL file of {prompt, answer}"),
+        ("[" * 100_000, "teacher.examples .*: give a list or a JSONL file"),
     ):
         (tmp_path / "shown.jsonl").write_text(content)
         with pytest.raises(RecipeError, match=said):
