@@ -7,8 +7,10 @@ driver's word. Code goes to the nodes as the runtime environment's working_dir; 
 
 import asyncio
 import os
+import socket
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from pipeline.address import VARIABLE
 from pipeline.errors import DistillError, UsageError, first_line
@@ -17,6 +19,7 @@ from scale.worker import Worker
 
 ROOT = Path(__file__).parents[1]
 NOT_SENT = ["runs", "tests", "docs", "experiments", "benchmarks"]  # beside .git, .venv and what git ignores
+CONNECT_S = 10.0  # what a node of a cluster may take to be reached
 KINDS = ("GPU", "CPU")  # as Ray calls them, in Node's order
 
 
@@ -55,6 +58,8 @@ class Cluster:
             import ray
         except ImportError:
             raise UsageError("a cluster needs ray: pip install -c constraints.txt -e '.[ray]'") from None
+        if why := _unreachable(address):
+            raise DistillError(f"no Ray cluster at {address}: {why}; docs/clusters.md")
         environment = {"working_dir": str(ROOT), "excludes": NOT_SENT}
         try:
             ray.init(
@@ -126,3 +131,14 @@ def variables_of(teacher: TeacherConfig) -> dict[str, str]:
 def server_variables() -> dict[str, str]:
     """The variables of this environment that servers need: the keys of the Hub and of vLLM, and vLLM's settings."""
     return {name: value for name, value in os.environ.items() if name == "HF_TOKEN" or name.startswith("VLLM_")}
+
+
+def _unreachable(address: str) -> str:
+    """Why nothing can be asked at host:port or ray://host:port: Ray tries for many minutes. Empty: Ray may try."""
+    try:
+        parts = urlsplit(address if "://" in address else f"//{address}")
+        if parts.scheme in ("", "ray") and parts.port:
+            socket.create_connection((parts.hostname, parts.port), CONNECT_S).close()
+    except (OSError, ValueError) as error:
+        return str(error)
+    return ""

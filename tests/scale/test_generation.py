@@ -20,11 +20,12 @@ from pipeline.recipe import Recipe
 from pipeline.records import Completion
 from pipeline.rundir import RunDir
 from scale import generation, worker
-from scale.cluster import Lost, Node
+from scale.cluster import Cluster, Lost, Node
 from scale.generation import Driver
 from scale.parts import read_part
 from scale.storage import Folder, Store, open_store
 from scale.worker import Worker
+from serve.server import free_port
 from tests.servers.misbehaving_server import (
     MODEL,
     Asked,
@@ -445,3 +446,11 @@ async def test_prompts_that_fail_alike_are_their_own_failures_where_the_run_has_
         await drive(recipe_for(server, 4), run, FakeCluster(1))
         summary = await drive(recipe_for(server, count), run, FakeCluster(1))
     assert (summary.resumed, summary.failed) == (1, count - 1)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_an_address_where_nothing_listens_is_told_at_once(scheme: str) -> None:
+    address = f"{scheme}127.0.0.1:{free_port()}"
+    with pytest.raises(DistillError, match=f"no Ray cluster at {address}: .*refused; docs/clusters.md"):
+        Cluster(address, "x")
